@@ -1,0 +1,38 @@
+"""Merge LoRA adapters with LoRA-LEGO (arXiv 2409.16167), in plain PyTorch.
+
+>>> merged = merge_adapters([load_adapter("sql"), load_adapter("style")], MergeConfig(rank=16))
+>>> save_adapter(merged, "sql+style")
+"""
+
+from lego_core.adapter import LoraAdapter, LoraModule
+from lego_core.adapter_io import AdapterConfig, describe_adapter, load_adapter, save_adapter
+from lego_core.config import MergeConfig
+from lego_core.errors import (
+    AdapterChangedError,
+    AdapterFormatError,
+    AdapterNotFoundError,
+    ConfigError,
+    IncompatibleAdaptersError,
+    LegoError,
+)
+from lego_core.merge import ALGORITHM_VERSION, MergeReport, ModuleReport, merge_adapters
+
+__all__ = [
+    "ALGORITHM_VERSION",
+    "AdapterChangedError",
+    "AdapterConfig",
+    "AdapterFormatError",
+    "AdapterNotFoundError",
+    "ConfigError",
+    "IncompatibleAdaptersError",
+    "LegoError",
+    "LoraAdapter",
+    "LoraModule",
+    "MergeConfig",
+    "MergeReport",
+    "ModuleReport",
+    "describe_adapter",
+    "load_adapter",
+    "merge_adapters",
+    "save_adapter",
+]

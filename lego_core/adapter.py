@@ -1,0 +1,92 @@
+"""A LoRA adapter in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from lego_core.errors import AdapterFormatError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraModule:
+    """The low-rank update of one linear layer: W + scaling * B @ A.
+
+    Attributes:
+        lora_a: A, shape [rank, in_features], floating point.
+        lora_b: B, shape [out_features, rank], same device as A.
+        scaling: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+    """
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    scaling: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """Number of rank-one units."""
+        return self.lora_a.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Width of the layer's input."""
+        return self.lora_a.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the layer's output."""
+        return self.lora_b.shape[0]
+
+    def delta(self) -> torch.Tensor:
+        """Return scaling * B @ A, shape [out_features, in_features], float32 or wider."""
+        dtype = torch.promote_types(self.lora_a.dtype, torch.float32)
+        return self.scaling * (self.lora_b.to(dtype) @ self.lora_a.to(dtype))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraAdapter:
+    """A named set of `LoraModule`s over one base model.
+
+    Attributes:
+        name: what messages call it.
+        modules: by the layer's name in the base model, `model.layers.0.self_attn.q_proj`.
+        digest: SHA-256 (hex) of the content it was read from; empty when it was made in memory.
+        base_model: the base model that its configuration names, if any.
+    """
+
+    name: str
+    modules: Mapping[str, LoraModule]
+    digest: str = ""
+    base_model: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.modules:
+            raise AdapterFormatError(f"adapter {self.name!r} has no LoRA modules")
+        for module_name, module in self.modules.items():
+            a, b = tuple(module.lora_a.shape), tuple(module.lora_b.shape)
+            if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0:
+                raise AdapterFormatError(
+                    f"adapter {self.name!r}, module {module_name!r}: lora_A has shape {list(a)} and "
+                    f"lora_B {list(b)}; expected [rank, in] and [out, rank] of one rank above 0"
+                )
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its modules."""
+        return max(module.rank for module in self.modules.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The narrowest dtype that holds all its tensors."""
+        dtypes = [t.dtype for m in self.modules.values() for t in (m.lora_a, m.lora_b)]
+        widest = dtypes[0]
+        for dtype in dtypes[1:]:
+            widest = torch.promote_types(widest, dtype)
+        return widest
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its tensors in bytes."""
+        return sum(m.lora_a.nbytes + m.lora_b.nbytes for m in self.modules.values())
