@@ -1,0 +1,252 @@
+"""Everything that touches vLLM's insides. Supports 0.26 and newer.
+
+| patch | why | how | can go when |
+| --- | --- | --- | --- |
+| `lora_model_runner_mixin.LRUCacheWorkerLoRAManager` | vLLM loads an adapter from a path, on the engine's loop | a subclass whose `_load_adapter` takes finished tensors for a `lego://` path; everything else is vLLM's | LoRARequest can carry tensors |
+| `WorkerBase.lego_stage`, `.lego_discard` | a worker has no way to start work off the loop | two methods more, called through `collective_rpc` | vLLM has a registry of worker methods |
+| `OpenAIServingModels.show_available_models` (one instance) | `/v1/models` would list every merge ever served | filters them out of the list | adapters can be served without being listed |
+| `app.router.middleware_stack` (one instance) | `--middleware` runs before the API-key check | wrapped by our ASGI class, inside vLLM's own middleware | endpoint plugins can add middleware |
+"""
+
+from __future__ import annotations
+
+import uuid
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from lego_core import IncompatibleAdaptersError, LoraAdapter
+from vllm_lego.recipe import SCHEME, Recipe
+from vllm_lego.worker import StagingArea
+
+
+def install_worker_patches() -> None:
+    """Apply the patches that the workers need. Harmless in other processes and when repeated."""
+    from vllm.v1.worker import lora_model_runner_mixin, worker_base
+
+    stock = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
+    if hasattr(stock, "lego_staging"):
+        return
+
+    class LegoWorkerLoRAManager(stock):  # type: ignore[misc, valid-type]
+        """vLLM's manager, which also understands merge recipes."""
+
+        lego_staging: StagingArea
+
+        def create_lora_manager(self, *args: Any, **kwargs: Any) -> Any:
+            model = super().create_lora_manager(*args, **kwargs)
+            vllm_config = kwargs.get("vllm_config") or args[1]
+            check = _member_check(self, vllm_config)
+            self.lego_staging = StagingArea(self.device, self.lora_config.lora_dtype, check)
+            return model
+
+        def _load_adapter(self, lora_request: Any) -> Any:
+            if not lora_request.lora_path.startswith(SCHEME):
+                return super()._load_adapter(lora_request)
+            recipe = Recipe.decode(lora_request.lora_path)
+            adapter = self.lego_staging.take(recipe)
+            return _lora_model(self, adapter, lora_request.lora_int_id)
+
+    # Set on the class, so that a second call finds it.
+    LegoWorkerLoRAManager.lego_staging = None  # type: ignore[assignment]
+    lora_model_runner_mixin.LRUCacheWorkerLoRAManager = LegoWorkerLoRAManager
+
+    def lego_stage(self: Any, recipe: str, holder: str) -> dict[str, Any]:
+        return _staging(self).stage(Recipe.decode(recipe), holder)
+
+    def lego_discard(self: Any, merge_id: str, engine_id: int, holder: str) -> bool:
+        gone = _staging(self).discard(merge_id, holder)
+        if gone:
+            self.model_runner.lora_manager.remove_adapter(engine_id)
+        return gone
+
+    worker_base.WorkerBase.lego_stage = lego_stage
+    worker_base.WorkerBase.lego_discard = lego_discard
+
+
+def _staging(worker: Any) -> StagingArea:
+    staging: StagingArea = worker.model_runner.lora_manager.lego_staging
+    return staging
+
+
+def _name_mapper(manager: Any) -> Any:
+    """VLLM's map from the checkpoint's module names to its own, without stacking."""
+    mapper = getattr(manager._adapter_manager.model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return None
+    # get_rename_mapper since 0.31, get_unstacked_mapper before.
+    rename = getattr(mapper, "get_rename_mapper", None) or mapper.get_unstacked_mapper
+    return rename()
+
+
+def _lora_model(manager: Any, adapter: LoraAdapter, lora_int_id: int) -> Any:
+    """Wrap staged tensors for vLLM without copying them.
+
+    vLLM's `add_adapter` repacks the dictionary, which is fresh, and scales lora_B in place
+    unless the scaling is 1, which a merge's is.
+    """
+    from vllm.lora.peft_helper import PEFTHelper
+
+    tensors: dict[str, torch.Tensor] = {}
+    for name, module in adapter.modules.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = module.lora_a
+        tensors[f"base_model.model.{name}.lora_B.weight"] = module.lora_b
+    if manager.device.type == "cuda":
+        # Made on the staging stream: not to be reused before this stream has copied them.
+        for tensor in tensors.values():
+            tensor.record_stream(torch.cuda.current_stream(manager.device))
+    targets = sorted({name.rpartition(".")[2] for name in adapter.modules})
+    return manager._lora_model_cls.from_lora_tensors(
+        lora_model_id=lora_int_id,
+        tensors=tensors,
+        peft_helper=PEFTHelper.from_dict(
+            {"r": adapter.rank, "lora_alpha": adapter.rank, "target_modules": targets}
+        ),
+        device=str(manager.device),
+        dtype=manager.lora_config.lora_dtype,
+        weights_mapper=_name_mapper(manager),
+        skip_prefixes=getattr(manager._adapter_manager.model, "lora_skip_prefixes", None),
+    )
+
+
+def _member_check(manager: Any, vllm_config: Any) -> Callable[[LoraAdapter], None]:
+    """Return a function that refuses an adapter which the served model cannot take.
+
+    vLLM drops modules that it does not know in silence, and finds wrong shapes only while it
+    copies into a slot, which it then leaves half filled.
+    """
+    slots: dict[str, tuple[int, int]] = {}
+    inner = manager._adapter_manager
+    for name, layer in inner.modules.items():
+        parts = inner.packed_modules.get(name, [name])
+        a_slots, b_slots = (getattr(layer, f"lora_{x}_stacked", ()) for x in "ab")
+        if len(a_slots) == len(b_slots) == len(parts):
+            for part, a_slot, b_slot in zip(parts, a_slots, b_slots, strict=True):
+                slots[part] = a_slot.shape[-1], b_slot.shape[-2]
+        else:
+            slots.update(dict.fromkeys(parts, (0, 0)))  # shapes of its own: left to vLLM
+    parallel = vllm_config.parallel_config
+    shards = parallel.tensor_parallel_size
+    share = f" on each of {shards} workers" if shards > 1 else ""
+    # Only a worker that holds the whole model, all of it open to LoRA, knows every module.
+    whole = (
+        parallel.pipeline_parallel_size == 1
+        and getattr(manager.lora_config, "target_modules", None) is None
+        and not getattr(inner, "is_pooling_model", False)
+    )
+    mapper = _name_mapper(manager)
+
+    def fits(size: int, slot: int) -> bool:
+        return slot == 0 or (size % slot == 0 and size // slot <= shards)
+
+    def check(adapter: LoraAdapter) -> None:
+        for name, module in adapter.modules.items():
+            local = mapper._map_name(name) if mapper else name
+            if local not in slots:
+                if whole:
+                    raise IncompatibleAdaptersError(
+                        f"adapter {adapter.name!r}, module {name!r}: the base model has no such "
+                        "layer that takes LoRA"
+                    )
+                continue
+            width, height = slots[local]
+            if not fits(module.in_features, width) or not fits(module.out_features, height):
+                raise IncompatibleAdaptersError(
+                    f"adapter {adapter.name!r}, module {name!r}: it updates a layer of "
+                    f"{module.in_features} inputs and {module.out_features} outputs, the base "
+                    f"model's has {width} and {height}{share}; it was trained on another base model"
+                )
+
+    return check
+
+
+class Engine:
+    """What the service needs of one vLLM server, seen from its API server.
+
+    Args:
+        client: vLLM's `EngineClient`.
+        state: the FastAPI application's state.
+    """
+
+    def __init__(self, client: Any, state: Any) -> None:
+        self._client = client
+        self._models = state.openai_serving_models
+        self._holder = uuid.uuid4().hex
+        lora_config = state.vllm_config.lora_config
+        self.max_rank: int = lora_config.max_lora_rank
+        self.dtype: str = str(lora_config.lora_dtype).removeprefix("torch.")
+        self.base_model: str = self._models.base_model_paths[0].name
+        _hide_merges(self._models)
+
+    def is_base_model(self, name: str) -> bool:
+        """Whether `name` is one of the names of the base model."""
+        return bool(self._models.is_base_model(name))
+
+    def is_served(self, name: str) -> bool:
+        """Whether vLLM answers to this model name now."""
+        return self.is_base_model(name) or name in self._models.lora_requests
+
+    def adapters(self) -> dict[str, str]:
+        """Return the folder by name of every adapter that vLLM itself serves."""
+        return {
+            name: request.lora_path
+            for name, request in self._models.lora_requests.items()
+            if not request.lora_path.startswith(SCHEME)
+        }
+
+    async def stage(self, recipe: Recipe) -> list[dict[str, Any]]:
+        """Start or poll a merge on every worker; see `StagingArea.stage`."""
+        return await self._rpc("lego_stage", recipe.encode(), self._holder)
+
+    async def discard(self, merge_id: str, engine_id: int) -> None:
+        """Let go of a merge on every worker, and free its slot if nobody holds it."""
+        await self._rpc("lego_discard", merge_id, engine_id, self._holder)
+
+    async def register(self, recipe: Recipe, engine_id: int) -> None:
+        """Copy a staged merge into a slot of every worker and serve it under its id."""
+        from vllm.lora.request import LoRARequest
+
+        request = LoRARequest(
+            lora_name=recipe.merge_id, lora_int_id=engine_id, lora_path=recipe.encode()
+        )
+        await self._client.add_lora(request)
+        self._models.lora_requests[recipe.merge_id] = request
+
+    def unpublish(self, merge_id: str) -> None:
+        """Stop answering to a merge's id."""
+        self._models.lora_requests.pop(merge_id, None)
+
+    async def _rpc(self, method: str, *args: Any) -> list[Any]:
+        results: list[Any] = await self._client.collective_rpc(method, args=args)
+        return results
+
+
+def _hide_merges(models: Any) -> None:
+    stock = models.show_available_models
+
+    async def show_available_models() -> Any:
+        listed = await stock()
+        listed.data = [card for card in listed.data if not str(card.root).startswith(SCHEME)]
+        return listed
+
+    models.show_available_models = show_available_models
+
+
+def has_lora(state: Any) -> bool:
+    """Whether the server was started with `--enable-lora`."""
+    return state.vllm_config.lora_config is not None
+
+
+def api_keys(args: Namespace) -> list[str]:
+    """Return the keys that vLLM accepts; none means that it asks for none."""
+    from vllm import envs
+
+    keys: Iterable[str | None] = args.api_key or [envs.VLLM_API_KEY]
+    return [key for key in keys if key]
+
+
+def wrap_router(app: Any, wrap: Callable[[Any], Any]) -> None:
+    """Put an ASGI application around the routes, inside all of vLLM's middleware."""
+    app.router.middleware_stack = wrap(app.router.middleware_stack)

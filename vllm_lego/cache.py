@@ -1,0 +1,93 @@
+"""The merged-adapter cache: which merges this API server knows to be staged on every worker.
+
+It holds no tensors, but decides how long the workers keep theirs. vLLM has an LRU of its own
+for the adapters it has registered; nothing about that one follows from this.
+
+Imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import cachetools
+
+
+@dataclass(slots=True)
+class CachedMerge:
+    """One merge that can be served.
+
+    Attributes:
+        recipe: the `lego://` path that rebuilds it.
+        engine_id: vLLM's integer id of it.
+        members: weight by adapter name.
+        config: the merge configuration's fields.
+        nbytes: size of its tensors on one worker, in bytes.
+        fidelity: cosine to the exact weighted sum.
+        hits: requests served from it since it was merged.
+    """
+
+    recipe: str
+    engine_id: int
+    members: dict[str, float]
+    config: dict[str, Any]
+    nbytes: int
+    fidelity: float
+    hits: int = 0
+
+
+class CacheFullError(Exception):
+    """What is in use leaves no room for another merge."""
+
+
+class MergedAdapterCache(cachetools.LRUCache[str, CachedMerge]):
+    """A byte-bounded LRU by merge id that never evicts a pinned merge.
+
+    `evicted` collects what `__setitem__` pushed out, for the caller to release on the workers.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(max_bytes, getsizeof=lambda merge: merge.nbytes)
+        self.evicted: list[tuple[str, CachedMerge]] = []
+        self._pins: Counter[str] = Counter()
+
+    @contextmanager
+    def pinned(self, merge_id: str) -> Iterator[None]:
+        """Keep a merge, present or yet to come, from eviction while the context is open."""
+        self._pins[merge_id] += 1
+        try:
+            yield
+        finally:
+            self._pins[merge_id] -= 1
+            if not self._pins[merge_id]:
+                del self._pins[merge_id]
+
+    def is_pinned(self, merge_id: str) -> bool:
+        """Whether a request needs it right now."""
+        return merge_id in self._pins
+
+    def __setitem__(self, merge_id: str, merge: CachedMerge) -> None:
+        """Store a merge, evicting the least recently used unpinned ones.
+
+        Raises:
+            CacheFullError: it does not fit beside what is pinned; nothing was evicted.
+        """
+        needed = sum(m.nbytes for i, m in self.items() if i != merge_id and self.is_pinned(i))
+        if needed + merge.nbytes > self.maxsize:
+            raise CacheFullError
+        super().__setitem__(merge_id, merge)
+
+    def popitem(self) -> tuple[str, CachedMerge]:
+        """Remove the least recently used merge that is not pinned."""
+        in_use: list[tuple[str, CachedMerge]] = []
+        while self.is_pinned((item := super().popitem())[0]):
+            in_use.append(item)
+        # What is in use is what was used last: storing it again says so.
+        for merge_id, merge in in_use:
+            super().__setitem__(merge_id, merge)
+        self.evicted.append(item)
+        return item

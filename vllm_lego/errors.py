@@ -1,0 +1,92 @@
+"""Every error that a client can see, each with its HTTP status and the reason label of the metrics.
+
+ServingError
+├── BadRequestError       400  the request's fields make no sense
+├── UnauthorizedError     401  no or wrong API key
+├── UnknownAdapterError   404  an adapter that is not served here
+├── BodyTooLargeError     413  the body is over the limit
+├── UnmergeableError      422  adapters that cannot be merged or served together
+├── MergeFailedError      500  the server's own fault; its log says more
+├── BusyError             503  try again later: queue or cache full, or a member just changed
+└── MergeTimeoutError     504  the merge took longer than the limit
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class ServingError(Exception):
+    """Base class. `param` names the field of the request at fault, where there is one."""
+
+    status: ClassVar[int] = 500
+    reason: ClassVar[str] = "internal"
+    kind: ClassVar[str] = "InternalServerError"
+    headers: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+    def body(self) -> dict[str, Any]:
+        """Return the error object of OpenAI's API."""
+        error = {
+            "message": str(self),
+            "type": self.kind,
+            "param": self.param,
+            "code": self.status,
+        }
+        return {"error": error}
+
+
+class BadRequestError(ServingError):
+    """The request's `adapters`, `merge` or `model` make no sense."""
+
+    status, reason, kind = 400, "bad_request", "BadRequestError"
+
+
+class UnauthorizedError(ServingError):
+    """No or a wrong API key."""
+
+    status, reason, kind = 401, "unauthorized", "AuthenticationError"
+
+    def body(self) -> dict[str, Any]:
+        """Return what vLLM itself answers, so that nothing tells the two apart."""
+        return {"error": "Unauthorized"}
+
+
+class UnknownAdapterError(ServingError):
+    """An adapter that is not served here."""
+
+    status, reason, kind = 404, "unknown_adapter", "NotFoundError"
+
+
+class BodyTooLargeError(ServingError):
+    """The request's body is over the limit."""
+
+    status, reason, kind = 413, "body_too_large", "BadRequestError"
+
+
+class UnmergeableError(ServingError):
+    """Sound names of adapters that cannot be merged with each other or served on this base."""
+
+    status, reason, kind = 422, "unmergeable", "UnprocessableEntityError"
+
+
+class MergeFailedError(ServingError):
+    """The merge failed for a reason that is not the client's."""
+
+    status, reason, kind = 500, "internal", "InternalServerError"
+
+
+class BusyError(ServingError):
+    """The server has no room for this set now."""
+
+    status, reason, kind = 503, "busy", "ServiceUnavailableError"
+    headers: ClassVar[dict[str, str]] = {"retry-after": "1"}
+
+
+class MergeTimeoutError(ServingError):
+    """The merge took longer than the limit."""
+
+    status, reason, kind = 504, "timeout", "GatewayTimeoutError"

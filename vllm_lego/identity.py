@@ -1,0 +1,48 @@
+"""Who a merge is: the same content, weights and configuration have one name everywhere.
+
+Changed weights have another, so no prefix-cache block computed with old ones is ever reused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+
+from lego_core.config import MergeConfig
+from lego_core.merge import ALGORITHM_VERSION
+
+_HEX_DIGITS = 16
+MERGE_ID = re.compile(rf"lego-[0-9a-f]{{{_HEX_DIGITS}}}")
+
+
+def merge_id(
+    members: Iterable[tuple[str, float]], config: MergeConfig, *, base_model: str, dtype: str
+) -> str:
+    """Return `lego-` and 16 hex digits of a SHA-256 over everything that decides the numbers.
+
+    Args:
+        members: content digest and weight of each, in any order.
+        config: the merge configuration.
+        base_model: the name the base model is served under.
+        dtype: of the merged weights, as vLLM names it.
+    """
+    content = {
+        "algorithm": ALGORITHM_VERSION,
+        "base_model": base_model,
+        "config": config.as_dict(),
+        "dtype": dtype,
+        "members": sorted(members),
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return f"lego-{digest[:_HEX_DIGITS]}"
+
+
+def engine_id(identity: str) -> int:
+    """Return vLLM's integer id of a merge, the same in every API server.
+
+    From 2^30 to 2^31 - 1: above the ids that vLLM counts up from 1, and an int32, which vLLM's
+    V2 model runner keeps ids in. Two merges can collide; the workers refuse the second.
+    """
+    return (1 << 30) | (int(identity.removeprefix("lego-"), 16) & ((1 << 30) - 1))

@@ -1,0 +1,76 @@
+"""The management routes. They lie under `/v1`, which vLLM's API-key check guards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from vllm_lego.errors import BadRequestError, ServingError
+from vllm_lego.interception import OWN_PREFIX
+from vllm_lego.service import LegoService
+
+router = APIRouter(tags=["adapters"])
+
+
+@router.get(OWN_PREFIX)
+async def list_adapters(request: Request) -> JSONResponse:
+    """List the adapters that a request can name; one that cannot be merged says why."""
+    service = _service(request)
+    if isinstance(service, JSONResponse):
+        return service
+    return _listing([await _describe(service, name) for name in service.catalog.names()])
+
+
+@router.get(OWN_PREFIX + "/merged")
+async def list_merges(request: Request) -> JSONResponse:
+    """List the cached merges, in no particular order."""
+    service = _service(request)
+    if isinstance(service, JSONResponse):
+        return service
+    return _listing(
+        [
+            {
+                "id": identity,
+                "object": "merged_adapter",
+                "members": [{"name": n, "weight": w} for n, w in merge.members.items()],
+                "method": merge.config["method"],
+                "rank": merge.config["rank"],
+                "merge": merge.config,
+                "bytes": merge.nbytes,
+                "fidelity": merge.fidelity,
+                "hits": merge.hits,
+                "tier": "device",
+            }
+            for identity, merge in service.cache.items()
+        ]
+    )
+
+
+async def _describe(service: LegoService, name: str) -> dict[str, Any]:
+    try:
+        (entry,) = await service.catalog.look_up([name], param="adapters")
+    except ServingError as error:
+        return {"name": name, "object": "adapter", "error": str(error)}
+    return {
+        "name": name,
+        "object": "adapter",
+        "rank": entry.config.rank,
+        "alpha": entry.config.alpha,
+        "target_modules": list(entry.config.target_modules),
+        "bytes": entry.nbytes,
+        "digest": entry.digest,
+    }
+
+
+def _service(request: Request) -> LegoService | JSONResponse:
+    service: LegoService | None = request.app.state.lego
+    if service is not None:
+        return service
+    error = BadRequestError("this server was started without --enable-lora")
+    return JSONResponse(error.body(), status_code=error.status)
+
+
+def _listing(data: list[dict[str, Any]]) -> JSONResponse:
+    return JSONResponse({"object": "list", "data": data})

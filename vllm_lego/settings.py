@@ -1,0 +1,89 @@
+"""Every setting of the plugin: declared, documented and read here and nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+PREFIX = "VLLM_LEGO_"
+
+
+class SettingsError(ValueError):
+    """A setting has a value that makes no sense; the message names the variable."""
+
+
+def _setting(default: Any, help_text: str, *, low: float, kind: type = int) -> Any:
+    return field(default=default, metadata={"help": help_text, "low": low, "kind": kind})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The plugin's settings. Each field NAME is read from the variable `VLLM_LEGO_NAME`."""
+
+    method: str = field(
+        default="lego",
+        metadata={"help": "merging method of requests that name none", "kind": str},
+    )
+    rank: int | None = _setting(
+        None,
+        "rank of merged adapters where the request names none; by default the engine's "
+        "--max-lora-rank",
+        low=1,
+    )
+    device_cache_bytes: int = _setting(
+        1 << 30,
+        "bytes of merged adapters kept ready on each worker's device, outside vLLM's "
+        "--gpu-memory-utilization; the least recently used are dropped",
+        low=1,
+    )
+    max_adapters: int = _setting(16, "adapters that one request may list", low=1)
+    max_body_bytes: int = _setting(64 << 20, "largest body of a JSON request, in bytes", low=1)
+    merge_timeout_s: float = _setting(
+        60.0, "seconds that a request waits for its merge before it gets 504", low=0, kind=float
+    )
+    max_queued_merges: int = _setting(
+        64, "merges waiting or running before new sets get 503", low=1
+    )
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Self:
+        """Read the settings.
+
+        Raises:
+            SettingsError: a variable has no sensible value.
+        """
+        values: dict[str, Any] = {}
+        for setting in dataclasses.fields(cls):
+            text = environment.get(variable_name(setting.name))
+            if text is not None and text.strip():
+                values[setting.name] = _parse(setting, text.strip())
+        return cls(**values)
+
+
+def variable_name(name: str) -> str:
+    """Return the environment variable of a setting."""
+    return PREFIX + name.upper()
+
+
+def flag_name(name: str) -> str:
+    """Return the command-line flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def _parse(setting: dataclasses.Field[Any], text: str) -> Any:
+    kind = setting.metadata["kind"]
+    if kind is str:
+        return text
+    low = setting.metadata["low"]
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not low <= value < float("inf"):
+        raise SettingsError(
+            f"{variable_name(setting.name)} is {text!r}; expected {kind.__name__} of at least {low} "
+            f"({setting.metadata['help']})"
+        )
+    return value
