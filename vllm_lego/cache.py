@@ -70,14 +70,18 @@ class MergedAdapterCache(cachetools.LRUCache[str, CachedMerge]):
         """Whether a request needs it right now."""
         return merge_id in self._pins
 
+    def snapshot(self) -> dict[str, CachedMerge]:
+        """Return what it holds. Looking is not using: `items()` would reorder the LRU."""
+        return {merge_id: cachetools.Cache.__getitem__(self, merge_id) for merge_id in self}
+
     def __setitem__(self, merge_id: str, merge: CachedMerge) -> None:
         """Store a merge, evicting the least recently used unpinned ones.
 
         Raises:
             CacheFullError: it does not fit beside what is pinned; nothing was evicted.
         """
-        needed = sum(m.nbytes for i, m in self.items() if i != merge_id and self.is_pinned(i))
-        if needed + merge.nbytes > self.maxsize:
+        others = [self[i].nbytes for i in self._pins if i in self and i != merge_id]
+        if sum(others) + merge.nbytes > self.maxsize:
             raise CacheFullError
         super().__setitem__(merge_id, merge)
 

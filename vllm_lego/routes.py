@@ -43,7 +43,7 @@ async def list_merges(request: Request) -> JSONResponse:
                 "hits": merge.hits,
                 "tier": "device",
             }
-            for identity, merge in service.cache.items()
+            for identity, merge in service.cache.snapshot().items()
         ]
     )
 

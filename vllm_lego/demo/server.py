@@ -1,8 +1,10 @@
 """A vLLM server on the embedded model, as a child process: for the demo, the tests and the
-benchmarks."""
+benchmarks.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -20,6 +22,9 @@ from typing import Self
 MODEL_NAME = "SmolLM2-135M-Instruct"
 ADAPTERS_DIR = Path(__file__).parent / "adapters"
 MAX_LORA_RANK = 8
+
+VLLM_SERVE = ("-m", "vllm.entrypoints.cli.main", "serve")
+LEGO_SERVE = ("-m", "vllm_lego.cli", "serve")
 
 _START_LIMIT_S = 600
 _STOP_LIMIT_S = 60
@@ -69,6 +74,7 @@ class ServerProcess:
         port: to listen on; a free one by default.
         log: where its output goes; a temporary file by default.
         progress: told every few seconds how long the start has taken.
+        command: what Python runs with the arguments, `VLLM_SERVE` or `LEGO_SERVE`.
     """
 
     def __init__(
@@ -79,13 +85,13 @@ class ServerProcess:
         port: int | None = None,
         log: Path | None = None,
         progress: Callable[[str], None] = lambda _: None,
+        command: Sequence[str] = VLLM_SERVE,
     ) -> None:
         self.port = port or _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log or Path(tempfile.mkstemp(prefix="vllm-lego-", suffix=".log")[1])
         self._command = [
-            sys.executable,
-            *("-m", "vllm.entrypoints.cli.main", "serve", *arguments),
+            *(sys.executable, *command, *arguments),
             *("--host=127.0.0.1", f"--port={self.port}"),
         ]
         self._environment = dict(environment)
@@ -139,14 +145,10 @@ class ServerProcess:
             return
         if self.is_alive():
             self._process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_STOP_LIMIT_S)
-            except subprocess.TimeoutExpired:
-                pass
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
         self._process = None
 

@@ -1,0 +1,1 @@
+"""Each benchmark is one command, `python -m benchmarks.NAME`, that writes its results."""

@@ -1,0 +1,1 @@
+"""How long running streams wait while a set of adapters is merged."""

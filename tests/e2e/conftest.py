@@ -1,0 +1,100 @@
+"""One real server on the real model for all end-to-end tests."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from vllm_lego.demo.model import embedded_model
+from vllm_lego.demo.server import (
+    LEGO_SERVE,
+    MODEL_NAME,
+    ServerProcess,
+    server_arguments,
+    server_environment,
+    shipped_adapters,
+)
+
+KEY = "the-right-key"
+CACHE_BYTES = 24_000_000
+BODY_BYTES = 1 << 20
+QUEUED_MERGES = 4
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    return embedded_model()
+
+
+@pytest.fixture(scope="session")
+def replaceable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a served adapter that a test may change."""
+    folder = tmp_path_factory.mktemp("adapters") / "replaceable"
+    shutil.copytree(shipped_adapters()["shout"], folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(model: Path, replaceable: Path) -> Iterator[ServerProcess]:
+    arguments = [
+        *server_arguments(model, shipped_adapters() | {"replaceable": replaceable}),
+        f"--device-cache-bytes={CACHE_BYTES}",
+        f"--max-body-bytes={BODY_BYTES}",
+        f"--max-queued-merges={QUEUED_MERGES}",
+    ]
+    environment = server_environment() | {"VLLM_API_KEY": KEY}
+    with ServerProcess(arguments, environment, progress=print, command=LEGO_SERVE) as process:
+        yield process
+        assert process.is_alive(), process.log_tail()
+
+
+@pytest.fixture(scope="session")
+def client(server: ServerProcess) -> OpenAI:
+    return OpenAI(base_url=server.url + "/v1", api_key=KEY, max_retries=0, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def http(server: ServerProcess) -> Iterator[httpx.Client]:
+    headers = {"authorization": f"Bearer {KEY}"}
+    with httpx.Client(base_url=server.url, headers=headers, timeout=120) as session:
+        yield session
+
+
+@pytest.fixture
+def metric(http: httpx.Client) -> Callable[..., float]:
+    """Read one series of the server's metrics."""
+
+    def read(name: str, **labels: str) -> float:
+        for line in http.get("/metrics").text.splitlines():
+            match = re.fullmatch(rf"{name}(?:\{{(.*)\}})? (\S+)", line)
+            if match and dict(re.findall(r'(\w+)="([^"]*)"', match[1] or "")) == labels:
+                return float(match[2])
+        raise AssertionError(f"no series {name}{labels}")
+
+    return read
+
+
+def chat(question: str, **fields: Any) -> dict[str, Any]:
+    """Arguments of a greedy chat completion; what OpenAI's API lacks goes into the extra body."""
+    extra = {name: fields.pop(name) for name in ("adapters", "merge") if name in fields}
+    return {
+        "model": MODEL_NAME,
+        "messages": [{"role": "user", "content": question}],
+        "temperature": 0,
+        "max_tokens": 32,
+        "extra_body": extra,
+        **fields,
+    }
+
+
+def ask(client: OpenAI, question: str, **fields: Any) -> tuple[str, Mapping[str, str]]:
+    """Return a greedy answer and the headers it came with."""
+    raw = client.chat.completions.with_raw_response.create(**chat(question, **fields))
+    return raw.parse().choices[0].message.content or "", raw.headers

@@ -1,0 +1,130 @@
+"""Requests that name no set pass with the bytes they came with."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_lego.interception import Interception
+
+LIMIT = 1000
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """An application that answers with the body it received."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    await send({"type": "http.response.start", "status": 200, "headers": scope["headers"]})
+    await send({"type": "http.response.body", "body": body})
+
+
+def call(
+    chunks: list[bytes], headers: dict[str, str] | None = None, keys: tuple[str, ...] = ()
+) -> tuple[int | None, bytes]:
+    """Send one POST through an interception without LoRA. Returns status and body."""
+    headers = {"content-type": "application/json"} if headers is None else headers
+    interception = Interception(echo)
+    interception.start(None, LIMIT, keys)
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/chat/completions",
+        "headers": [(k.encode(), v.encode()) for k, v in headers.items()],
+    }
+    incoming = [
+        {"type": "http.request", "body": chunk, "more_body": i < len(chunks) - 1}
+        for i, chunk in enumerate(chunks)
+    ] + [{"type": "http.disconnect"}]
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> Any:
+        return incoming.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(interception(scope, receive, send))
+    if not sent:
+        return None, b""
+    return sent[0]["status"], b"".join(m.get("body", b"") for m in sent[1:])
+
+
+@given(st.lists(st.binary(max_size=50), min_size=1, max_size=5))
+def test_any_bytes_pass_untouched(chunks):
+    assert call(chunks) == (200, b"".join(chunks))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "m", "adapters": []}',
+        b'{"model": "m", "adapters": null}',
+        b'{"messages": [{"content": "say \\"adapters\\" twice"}]}',
+        b'{"tools": {"adapters": ["nested"]}}',
+        b'["adapters"]',
+        b'{"adapters": ["sql"',
+        b'{"model": "a+b"}',
+        b'{"model": "lego-0123456789abcdef"}',
+        b"[" * 900 + b'"adapters"',
+    ],
+)
+def test_what_only_looks_like_a_set_passes_untouched(body):
+    assert call([body]) == (200, body)
+
+
+def test_other_content_passes_unread():
+    body = b"x" * (LIMIT + 1)
+    assert call([body], {"content-type": "multipart/form-data; boundary=x"}) == (200, body)
+    compressed = {"content-type": "application/json", "content-encoding": "gzip"}
+    assert call([body], compressed) == (200, body)
+
+
+@given(st.lists(st.booleans(), min_size=8, max_size=8))
+def test_a_set_is_found_however_its_key_is_written(escaped):
+    key = "".join(f"\\u{ord(c):04x}" if e else c for c, e in zip("adapters", escaped, strict=True))
+    status, body = call([b'{"' + key.encode() + b'": ["sql"]}'])
+    assert status == 400
+    assert "--enable-lora" in json.loads(body)["error"]["message"]
+
+
+def test_a_body_over_the_limit_is_refused():
+    assert call([b"x" * LIMIT])[0] == 200
+    assert call([b"x" * LIMIT, b"x"])[0] == 413
+    declared = {"content-type": "application/json", "content-length": str(LIMIT + 1)}
+    assert call([b""], declared)[0] == 413
+
+
+def test_a_client_that_leaves_gets_nothing():
+    interception = Interception(echo)
+    interception.start(None, LIMIT, ())
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        pytest.fail(f"sent {message}")
+
+    asyncio.run(interception(scope, receive, send))
+
+
+@pytest.mark.parametrize("authorization", [None, "Bearer wrong", "Basic right", "Bearer"])
+def test_a_stranger_learns_nothing(authorization):
+    headers = {"content-type": "application/json"}
+    if authorization:
+        headers["authorization"] = authorization
+    status, body = call([b'{"adapters": ["sql", 7]}'], headers, keys=("right",))
+    assert (status, json.loads(body)) == (401, {"error": "Unauthorized"})
+
+
+def test_the_right_key_is_let_in():
+    headers = {"content-type": "application/json", "authorization": "Bearer right"}
+    assert call([b'{"adapters": ["sql"]}'], headers, keys=("other", "right"))[0] == 400
