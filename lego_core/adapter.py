@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -66,10 +67,10 @@ class LoraAdapter:
             raise AdapterFormatError(f"adapter {self.name!r} has no LoRA modules")
         for module_name, module in self.modules.items():
             a, b = tuple(module.lora_a.shape), tuple(module.lora_b.shape)
-            if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0:
+            if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in a + b:
                 raise AdapterFormatError(
                     f"adapter {self.name!r}, module {module_name!r}: lora_A has shape {list(a)} and "
-                    f"lora_B {list(b)}; expected [rank, in] and [out, rank] of one rank above 0"
+                    f"lora_B {list(b)}; expected [rank, in] and [out, rank] of one rank, none of them 0"
                 )
 
     @property
@@ -90,3 +91,14 @@ class LoraAdapter:
     def nbytes(self) -> int:
         """Size of its tensors in bytes."""
         return sum(m.lora_a.nbytes + m.lora_b.nbytes for m in self.modules.values())
+
+
+def content_digest(adapter: LoraAdapter) -> str:
+    """Return a SHA-256 (hex) of the tensors and scalings, for adapters made in memory."""
+    sha = hashlib.sha256()
+    for name, module in sorted(adapter.modules.items()):
+        sha.update(f"{name} {module.scaling!r}".encode())
+        for half in (module.lora_a, module.lora_b):
+            sha.update(f"{half.dtype} {tuple(half.shape)}".encode())
+            sha.update(half.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()

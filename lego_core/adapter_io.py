@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-import tempfile
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +29,13 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 
 _PREFIX = "base_model.model."
+_MAX_PATTERN = 256
+# A quantifier after a group can take exponential time to fail.
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
 _SUFFIXES = {".lora_A.weight": "A", ".lora_B.weight": "B"}
-# Initialisations that leave the base model as it was; the others (PiSSA, OLoRA, CorDA, LoftQ)
-# subtract the initial adapter from the base weights, so their files are no plain update of it.
-_PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica", "lora_ga"}
+# Initialisations that leave the base model as it was; the others (PiSSA, OLoRA, CorDA, LoftQ,
+# LoRA-GA) shift the base weights, so their files are no plain update of it.
+_PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica"}
 _UNMERGEABLE: dict[str, str] = {
     "use_dora": "DoRA rescales whole weight columns, which no sum of low-rank updates can express",
     "lora_bias": "it trains a bias in lora_B, which a low-rank update cannot carry",
@@ -42,6 +45,8 @@ _UNMERGEABLE: dict[str, str] = {
     "layer_replication": "it changes the base model's layers",
     "alora_invocation_tokens": "activated LoRA applies to a part of the sequence only",
     "use_bdlora": "block-diagonal LoRA is not a plain low-rank product",
+    "kasa_config": "KaSA truncates the base weights",
+    "arrow_config": "Arrow routes each token to other adapters",
     "use_qalora": "QALoRA pools its inputs, which a plain LoRA does not",
 }
 
@@ -159,8 +164,8 @@ def save_adapter(adapter: LoraAdapter, folder: str | os.PathLike[str]) -> None:
     }
     tensors: dict[str, torch.Tensor] = {}
     for module_name, module in adapter.modules.items():
-        tensors[f"{_PREFIX}{module_name}.lora_A.weight"] = module.lora_a.cpu().contiguous()
-        tensors[f"{_PREFIX}{module_name}.lora_B.weight"] = module.lora_b.cpu().contiguous()
+        tensors[f"{_PREFIX}{module_name}.lora_A.weight"] = _unshared(module.lora_a)
+        tensors[f"{_PREFIX}{module_name}.lora_B.weight"] = _unshared(module.lora_b)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     _write_atomically(target / WEIGHTS_FILE, format_safetensors(tensors, {"format": "pt"}))
@@ -185,7 +190,9 @@ def parse_config(content: bytes, name: str) -> AdapterConfig:
         raise _refusal(name, f"has r {rank!r}; it must be a positive integer")
     if not _is_finite(alpha):
         raise _refusal(name, f"has lora_alpha {alpha!r}; it must be a finite number")
-    targets = fields.get("target_modules") or ()
+    targets = fields.get("target_modules") or []
+    if not isinstance(targets, str | list):
+        raise _refusal(name, f"has target_modules {targets!r}; it must be a string or a list")
     base_model = fields.get("base_model_name_or_path")
     return AdapterConfig(
         rank=rank,
@@ -226,10 +233,14 @@ def _pattern(
         raise _refusal(name, f"has {field} {pattern!r}; it must be an object")
     for key, value in pattern.items():
         if not is_valid(value):
-            raise _refusal(name, f"has {field}[{key!r}] {value!r}; it must be a positive number")
+            raise _refusal(name, f"has {field}[{key!r}] {value!r}; it is out of range")
+        if len(key) > _MAX_PATTERN or _REPEATED_GROUP.search(key):
+            raise _refusal(
+                name, f"has {field} key {key[:80]!r}, too long or with a repeated group to be safe"
+            )
         try:
-            re.compile(key)
-        except re.error as error:
+            _pattern_regex(key)
+        except (re.error, OverflowError, RecursionError) as error:
             raise _refusal(
                 name, f"has {field} key {key!r}, no regular expression ({error})"
             ) from error
@@ -262,7 +273,12 @@ def _modules(
             raise AdapterFormatError(
                 f"adapter {name!r}, module {module!r}: lora_{_SUFFIXES[suffix]} holds NaN or Inf"
             )
-        pairs.setdefault(module, {})[_SUFFIXES[suffix]] = tensor
+        half = pairs.setdefault(module, {}).setdefault(_SUFFIXES[suffix], tensor)
+        if half is not tensor:
+            raise AdapterFormatError(
+                f"adapter {name!r}, module {module!r}: lora_{_SUFFIXES[suffix]} is there twice, with "
+                f"and without {_PREFIX!r}"
+            )
     modules: dict[str, LoraModule] = {}
     for module, halves in pairs.items():
         if len(halves) < 2:
@@ -283,17 +299,26 @@ def _modules(
 def _pattern_value(pattern: Mapping[str, float], module: str, default: float) -> float:
     """PEFT's rule: the first key that matches the whole name or its end after a dot."""
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if _pattern_regex(key).match(module):
             return value
     return default
 
 
+def _pattern_regex(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
+
+
 def _is_rank(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
 
 
 def _is_finite(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def _read(folder: Path, file: str, name: str) -> bytes:
@@ -324,15 +349,19 @@ def _digest(config: bytes, weights: bytes) -> str:
     return sha.hexdigest()
 
 
+def _unshared(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of its own: safetensors refuses tensors that share memory."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
 def _write_atomically(path: Path, content: bytes) -> None:
-    handle, temporary_name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(temporary_name)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
         raise

@@ -11,7 +11,9 @@ import torch
 from torch.nn.functional import one_hot
 
 MAX_ITERATIONS = 100
-_RELATIVE_ZERO = 1e-12
+# Squared distances below this share of the largest square are the rounding of float32 inner
+# products: such units are equal.
+_RELATIVE_ZERO = 1e-6
 
 
 def cluster_units(
@@ -66,33 +68,38 @@ def cluster_units(
 
 
 def _seed(gram: torch.Tensor, draws: torch.Tensor, *, align_sign: bool) -> torch.Tensor:
-    """Draw k-means++ centres. gram [B, N, N], draws [B, k] in [0, 1) -> unit indices [B, k]."""
+    """Draw k-means++ centres. gram [B, N, N], draws [B, k] in [0, 1) -> unit indices [B, k].
+
+    Once every unit equals some centre the rest are -1: no centre.
+    """
     n_batch, n_units, _ = gram.shape
     squares = gram.diagonal(dim1=1, dim2=2)
+    floor = _RELATIVE_ZERO * squares.amax(dim=1, keepdim=True)
     # A product with a triangle of ones: cumsum has no deterministic CUDA implementation.
     below = torch.ones(n_units, n_units, dtype=gram.dtype, device=gram.device).triu()
     rows = torch.arange(n_batch, device=gram.device)
     centres = [(draws[:, 0] * n_units).long()]
     nearest = torch.full_like(squares, torch.inf)
     for step in range(1, draws.shape[1]):
-        products = gram[rows, centres[-1]]
+        last = centres[-1].clamp_min(0)
+        products = gram[rows, last]
         if align_sign:
             products = products.abs()
-        own = squares.gather(1, centres[-1][:, None])
-        nearest = nearest.minimum((squares + own - 2 * products).clamp_min(0))
+        apart = squares + squares.gather(1, last[:, None]) - 2 * products
+        nearest = nearest.minimum(apart.where(apart > floor, 0))
         cumulative = nearest @ below
         target = draws[:, step, None] * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]
-        centres.append(drawn.clamp_max(n_units - 1))
+        centres.append(drawn.clamp_max(n_units - 1).where(cumulative[:, -1] > 0, -1))
     return torch.stack(centres, dim=1)
 
 
 def _lloyd(gram: torch.Tensor, centres: torch.Tensor, *, align_sign: bool) -> torch.Tensor:
-    """Iterate from unit indices [B, k] to a fixed point. Returns signs [B, k, N]."""
+    """Iterate from unit indices [B, k], or -1, to a fixed point. Returns signs [B, k, N]."""
     n_units, k = gram.shape[1], centres.shape[1]
     squares = gram.diagonal(dim1=1, dim2=2)
     floor = _RELATIVE_ZERO * squares.amax(dim=1, keepdim=True)
-    signs = one_hot(centres, n_units).to(gram.dtype)
+    signs = (one_hot(centres.clamp_min(0), n_units) * (centres >= 0)[:, :, None]).to(gram.dtype)
     previous = None
     for _ in range(MAX_ITERATIONS):
         sizes = signs.abs().sum(dim=2)

@@ -11,13 +11,13 @@ from typing import Literal, overload
 
 import torch
 
-from lego_core.adapter import LoraAdapter, LoraModule
+from lego_core.adapter import LoraAdapter, LoraModule, content_digest
 from lego_core.config import MergeConfig
 from lego_core.errors import ConfigError, IncompatibleAdaptersError
 from lego_core.methods import METHODS, StackMerge
 from lego_core.units import StackPlan, disassemble, plan_stacks
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"(?![.-])[\w.-]+/(?![.-])[\w.-]+")
 
 ALGORITHM_VERSION = 1
 """Raised whenever the same inputs would give other numbers: it is part of a merge's identity."""
@@ -102,7 +102,8 @@ def merge_adapters(
 
     Raises:
         ConfigError: no adapters, or weights that do not fit them.
-        IncompatibleAdaptersError: adapters of different base models or shapes.
+        IncompatibleAdaptersError: adapters of different base models or shapes, or numbers that
+            overflow.
     """
     started = time.perf_counter()
     config = config or MergeConfig()
@@ -123,6 +124,7 @@ def merge_adapters(
         stack = disassemble(sources, gains, plan, balance=config.balance, device=target)
         outcome = method(stack, config, sum(plan.ranks) / len(plan.ranks))
         a, b = outcome.merged.a.to(dtype), outcome.merged.b.mT.contiguous().to(dtype)
+        _check_finite(outcome, plan, a, b)
         modules.update(
             (module_name, LoraModule(a[m].clone(), b[m].clone()))
             for m, module_name in enumerate(plan.names)
@@ -151,10 +153,12 @@ def _in_canonical_order(
     if len(weights) != len(adapters):
         raise ConfigError(f"{len(adapters)} adapters but {len(weights)} weights: give one each")
     for adapter, weight in zip(adapters, weights, strict=True):
-        if not math.isfinite(weight):
-            raise ConfigError(f"adapter {adapter.name!r} has weight {weight}; it must be finite")
+        if not _is_finite(weight):
+            raise ConfigError(
+                f"adapter {adapter.name!r} has weight {weight!r}; it must be a finite number"
+            )
     pairs = list(zip(adapters, map(float, weights), strict=True))
-    pairs.sort(key=lambda pair: (pair[0].digest, pair[0].name, pair[1]))
+    pairs.sort(key=lambda pair: (pair[0].digest or content_digest(pair[0]), pair[0].name, pair[1]))
     # If all weights are 0 the zero adapter is the answer, so the members stay.
     return [pair for pair in pairs if pair[1] != 0] or pairs
 
@@ -168,6 +172,23 @@ def _check_base_models(adapters: Sequence[LoraAdapter]) -> None:
                 f"adapter {adapter.name!r} was trained on {adapter.base_model!r}, adapter "
                 f"{named[0].name!r} on {named[0].base_model!r}; only adapters of one base model merge"
             )
+
+
+def _is_finite(weight: object) -> bool:
+    try:
+        return isinstance(weight, int | float) and math.isfinite(weight)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+def _check_finite(merge: StackMerge, plan: StackPlan, a: torch.Tensor, b: torch.Tensor) -> None:
+    finite = torch.isfinite(a).all(dim=(1, 2)) & torch.isfinite(b).all(dim=(1, 2))
+    finite &= torch.isfinite(merge.merged.sum_square)
+    if not bool(finite.all()):
+        module = plan.names[int(finite.to(torch.uint8).argmin())]
+        raise IncompatibleAdaptersError(
+            f"module {module!r}: the merge overflows {a.dtype}; give its members smaller weights"
+        )
 
 
 def _device_of(adapter: LoraAdapter) -> torch.device:

@@ -58,13 +58,17 @@ def reassemble(stack: Stack, signs: torch.Tensor, config: MergeConfig, rank: flo
 
     mix_a = means * gain[:, :, None]
     mix_b = mix_a * output_gain
+    sum_square = (stack.gram_a * stack.gram_b).sum(dim=(1, 2))
+    # A sum whose members cancel is zero up to the rounding of the inner products.
+    largest = _unit_squares(stack.gram_a) * _unit_squares(stack.gram_b)
+    rounding = torch.finfo(stack.a.dtype).eps ** 2 * largest.sqrt().sum(dim=1).square()
     cross_a, cross_b = mix_a @ stack.gram_a, mix_b @ stack.gram_b
     return Reassembled(
         a=a,
         b=b,
         overlap=(cross_a * cross_b).sum(dim=(1, 2)),
         merged_square=((cross_a @ mix_a.mT) * (cross_b @ mix_b.mT)).sum(dim=(1, 2)),
-        sum_square=(stack.gram_a * stack.gram_b).sum(dim=(1, 2)),
+        sum_square=sum_square.where(~(sum_square <= rounding), 0),
     )
 
 
@@ -81,8 +85,7 @@ def _norm_gain(
     A centroid that is nothing but the rounding of members that cancel becomes zero.
     """
     if config.parameter_reweighting == "l2":
-        squares = (stack.gram_a + stack.gram_b).diagonal(dim1=1, dim2=2)
-        unit_norms = squares.clamp_min(0).sqrt()
+        unit_norms = _unit_squares(stack.gram_a + stack.gram_b).sqrt()
         centroid_norms = (a.double().square().sum(2) + b.double().square().sum(2)).sqrt()
     else:
         unit_norms = torch.maximum(
@@ -96,3 +99,7 @@ def _norm_gain(
         wanted / centroid_norms.clamp_min(1e-300),
         torch.zeros_like(wanted),
     )
+
+
+def _unit_squares(gram: torch.Tensor) -> torch.Tensor:
+    return gram.diagonal(dim1=1, dim2=2).clamp_min(0)

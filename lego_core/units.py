@@ -9,6 +9,7 @@ Source: Zhao et al., "Merging LoRAs like Playing LEGO", ICLR 2025, arXiv 2409.16
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,7 +107,8 @@ def disassemble(
 
     Scaling and weight go to both halves, a by sqrt(|s w|), b by sign(w) sqrt(|s w|). With
     `balance` each unit is rescaled to |a| = |b|; a unit with a zero half is the zero function
-    and becomes the zero vector.
+    and becomes the zero vector. Norms are taken in the pool's dtype, so halves below 1e-19 or
+    above 1e19 count as zero or overflow in float32.
 
     Args:
         adapters: as given to `plan_stacks`.
@@ -117,6 +119,9 @@ def disassemble(
 
     Returns:
         The units, member after member, in the order of each member's ranks.
+
+    Raises:
+        IncompatibleAdaptersError: scaling times weight overflows.
     """
     modules = [[adapters[i].modules[name] for i in plan.members] for name in plan.names]
     dtype = torch.float32
@@ -130,18 +135,9 @@ def disassemble(
 
     a = pool([[module.lora_a for module in row] for row in modules])
     b = pool([[module.lora_b.T for module in row] for row in modules])
-    gain = torch.tensor(
-        [
-            [
-                module.scaling * weights[i]
-                for i, module in zip(plan.members, row, strict=True)
-                for _ in range(module.rank)
-            ]
-            for row in modules
-        ],
-        dtype=torch.float64,
-        device=device,
-    )
+    gains = [[_gain(adapters[i], name, weights[i]) for i in plan.members] for name in plan.names]
+    gain = torch.tensor(gains, dtype=torch.float64, device=device)
+    gain = gain.repeat_interleave(torch.tensor(plan.ranks, device=device), dim=1)
     coef_a = gain.abs().sqrt()
     coef_b = coef_a * gain.sign()
 
@@ -163,6 +159,16 @@ def disassemble(
         gram_a=coef_a[:, :, None] * raw_a * coef_a[:, None, :],
         gram_b=coef_b[:, :, None] * raw_b * coef_b[:, None, :],
     )
+
+
+def _gain(adapter: LoraAdapter, module: str, weight: float) -> float:
+    gain = adapter.modules[module].scaling * weight
+    if not math.isfinite(gain):
+        raise IncompatibleAdaptersError(
+            f"adapter {adapter.name!r}, module {module!r}: scaling "
+            f"{adapter.modules[module].scaling:g} times weight {weight:g} overflows"
+        )
+    return gain
 
 
 def _shape(module: LoraModule) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import uuid
 from argparse import Namespace
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -191,7 +192,7 @@ class Engine:
     def adapters(self) -> dict[str, str]:
         """Return the folder by name of every adapter that vLLM itself serves."""
         return {
-            name: request.lora_path
+            name: str(Path(request.lora_path).expanduser().resolve())
             for name, request in self._models.lora_requests.items()
             if not request.lora_path.startswith(SCHEME)
         }

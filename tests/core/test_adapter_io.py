@@ -1,0 +1,426 @@
+"""Reading and writing PEFT folders: what is loaded, and what is refused with which words."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from lego_core import (
+    AdapterChangedError,
+    AdapterFormatError,
+    AdapterNotFoundError,
+    LegoError,
+    LoraAdapter,
+    MergeConfig,
+    describe_adapter,
+    load_adapter,
+    merge_adapters,
+    save_adapter,
+)
+from lego_core.adapter_io import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE, parse_config
+from tests import references, strategies
+
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+A_KEY = f"base_model.model.{Q_PROJ}.lora_A.weight"
+B_KEY = f"base_model.model.{Q_PROJ}.lora_B.weight"
+
+
+def tensors(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    module = strategies.module(0, 2, dtype=dtype)
+    return {A_KEY: module.lora_a, B_KEY: module.lora_b}
+
+
+def write(folder: Path, config: Any = CONFIG, weights: Any = None) -> Path:
+    """Write an adapter named `sql`; each half as bytes, or as what is to be encoded."""
+    path = folder / "sql"
+    path.mkdir(exist_ok=True)
+    content = config if isinstance(config, bytes) else json.dumps(config).encode()
+    (path / CONFIG_FILE).write_bytes(content)
+    weights = tensors() if weights is None else weights
+    (path / WEIGHTS_FILE).write_bytes(weights if isinstance(weights, bytes) else save(weights))
+    return path
+
+
+def refusal(path: Path, error: type[LegoError] = AdapterFormatError) -> str:
+    with pytest.raises(error) as caught:
+        load_adapter(path)
+    assert type(caught.value) is error
+    assert "'sql'" in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", strategies.DTYPES)
+def test_loads_tensors_unchanged(tmp_path: Path, dtype: torch.dtype) -> None:
+    adapter = load_adapter(write(tmp_path, weights=tensors(dtype)))
+    assert adapter.name == "sql"
+    assert list(adapter.modules) == [Q_PROJ]
+    assert adapter.dtype == dtype
+    assert torch.equal(adapter.modules[Q_PROJ].lora_a, tensors(dtype)[A_KEY])
+    assert torch.equal(adapter.modules[Q_PROJ].lora_b, tensors(dtype)[B_KEY])
+    assert adapter.modules[Q_PROJ].scaling == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "scaling"),
+    [
+        ({}, 2.0),
+        ({"use_rslora": True}, 4 / 2**0.5),
+        ({"lora_alpha": 3.5}, 1.75),
+        ({"alpha_pattern": {"q_proj": 8}}, 4.0),
+        ({"alpha_pattern": {"v_proj": 8}}, 2.0),
+        ({"alpha_pattern": {"proj": 8}}, 2.0),
+        ({"alpha_pattern": {r"layers\.0\.self_attn\.q_proj": 8}}, 4.0),
+        ({"alpha_pattern": {r".*\.0\..*": 8, "q_proj": 6}}, 4.0),
+        ({"r": 8, "rank_pattern": {"q_proj": 2}}, 2.0),
+        ({"r": 8, "rank_pattern": {"q_proj": 2}, "use_rslora": True}, 4 / 2**0.5),
+    ],
+)
+def test_scaling_follows_the_configuration(
+    tmp_path: Path, fields: dict[str, Any], scaling: float
+) -> None:
+    adapter = load_adapter(write(tmp_path, CONFIG | fields))
+    assert adapter.modules[Q_PROJ].scaling == pytest.approx(scaling, rel=1e-15)
+
+
+@given(weighted=strategies.weighted_sets(), config=strategies.configs())
+def test_saved_merge_loads_as_it_was(
+    tmp_path: Path, weighted: tuple[list[LoraAdapter], list[float]], config: MergeConfig
+) -> None:
+    merged = merge_adapters(weighted[0], config, weights=weighted[1])
+    save_adapter(merged, tmp_path / "out")
+    loaded = load_adapter(tmp_path / "out")
+    assert list(loaded.modules) == list(merged.modules)
+    for name, module in loaded.modules.items():
+        assert torch.equal(module.lora_a, merged.modules[name].lora_a)
+        assert torch.equal(module.lora_b, merged.modules[name].lora_b)
+        assert module.scaling == 1
+
+
+def test_saved_scaling_and_base_model_come_back(tmp_path: Path) -> None:
+    adapter = LoraAdapter(
+        "a", strategies.adapter("a", 0, 3, scaling=0.7).modules, base_model="org/model"
+    )
+    save_adapter(adapter, tmp_path / "deep" / "out")
+    loaded = load_adapter(tmp_path / "deep" / "out")
+    assert loaded.base_model == "org/model"
+    error = references.relative_error(
+        references.delta(loaded.modules["q_proj"]), references.delta(adapter.modules["q_proj"])
+    )
+    assert error < 1e-15
+
+
+def test_saving_leaves_only_the_two_files(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        save_adapter(strategies.adapter("a", seed, 2), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}
+    wanted = strategies.module(1, 2).lora_a
+    assert torch.equal(load_adapter(tmp_path).modules["q_proj"].lora_a, wanted)
+
+
+@pytest.mark.parametrize(("ranks", "scalings"), [((2, 3), (1, 1)), ((2, 2), (1, 2))])
+def test_saving_mixed_ranks_or_scalings_is_refused(
+    tmp_path: Path, ranks: tuple[int, int], scalings: tuple[float, float]
+) -> None:
+    modules = {
+        f"layers.{i}.q_proj": strategies.module(i, rank, scaling=scaling)
+        for i, (rank, scaling) in enumerate(zip(ranks, scalings, strict=True))
+    }
+    with pytest.raises(AdapterFormatError, match="'mixed'"):
+        save_adapter(LoraAdapter("mixed", modules), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_saved_files_have_the_mode_of_any_new_file(tmp_path: Path) -> None:
+    save_adapter(strategies.adapter("a", 0, 2), tmp_path)
+    (tmp_path / "plain").touch()
+    wanted = (tmp_path / "plain").stat().st_mode
+    assert {(tmp_path / file).stat().st_mode for file in (CONFIG_FILE, WEIGHTS_FILE)} == {wanted}
+
+
+def test_modules_that_share_tensors_are_saved(tmp_path: Path) -> None:
+    module = strategies.module(0, 2)
+    save_adapter(LoraAdapter("tied", {"0.q_proj": module, "1.q_proj": module}), tmp_path)
+    assert len(load_adapter(tmp_path).modules) == 2
+
+
+def test_digest_covers_configuration_and_weights(tmp_path: Path) -> None:
+    digest = load_adapter(write(tmp_path)).digest
+    assert load_adapter(write(tmp_path), digest=digest).digest == digest
+    other = {key: 2 * tensor for key, tensor in tensors().items()}
+    digests = {
+        digest,
+        load_adapter(write(tmp_path, weights=other)).digest,
+        load_adapter(write(tmp_path, CONFIG | {"lora_alpha": 8})).digest,
+    }
+    assert len(digests) == 3
+
+
+def test_digest_knows_where_the_configuration_ends(tmp_path: Path) -> None:
+    config = json.dumps(CONFIG).encode()
+    digests = {
+        describe_adapter(write(tmp_path, config, b" rest"))[1],
+        describe_adapter(write(tmp_path, config + b" ", b"rest"))[1],
+    }
+    assert len(digests) == 2
+
+
+def test_changed_content_is_refused(tmp_path: Path) -> None:
+    digest = load_adapter(write(tmp_path)).digest
+    path = write(tmp_path, CONFIG | {"lora_alpha": 8})
+    with pytest.raises(AdapterChangedError, match=f"'sql' changed.*{digest[:12]}"):
+        load_adapter(path, digest=digest)
+
+
+def test_describe_agrees_with_load(tmp_path: Path) -> None:
+    path = write(tmp_path, CONFIG | {"base_model_name_or_path": "org/model"})
+    config, digest, size_bytes = describe_adapter(path)
+    adapter = load_adapter(path)
+    assert digest == adapter.digest
+    assert config.base_model == adapter.base_model == "org/model"
+    assert config.target_modules == ("q_proj",)
+    assert (config.rank, config.alpha) == (2, 4)
+    assert size_bytes == (path / WEIGHTS_FILE).stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type 'LOHA'"),
+        ({"peft_type": None}, "peft_type None"),
+        ({"use_dora": True}, "use_dora True"),
+        ({"bias": "all"}, "bias 'all'"),
+        ({"bias": "lora_only"}, "bias 'lora_only'"),
+        ({"lora_bias": True}, "lora_bias True"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save ['lm_head']"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices [1, 2]"),
+        ({"target_parameters": ["w"]}, "target_parameters ['w']"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication [[0, 2]]"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens [1]"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights 'corda'"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq'"),
+        ({"r": 0}, "r 0"),
+        ({"r": -2}, "r -2"),
+        ({"r": 2.0}, "r 2.0"),
+        ({"r": True}, "r True"),
+        ({"r": None}, "r None"),
+        ({"lora_alpha": "4"}, "lora_alpha '4'"),
+        ({"lora_alpha": float("nan")}, "lora_alpha nan"),
+        ({"lora_alpha": float("inf")}, "lora_alpha inf"),
+        ({"lora_alpha": None}, "lora_alpha None"),
+        ({"rank_pattern": [1]}, "rank_pattern [1]"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern['q_proj'] 0"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern['q_proj'] 'x'"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern key '('"),
+    ],
+)
+def test_configuration_is_refused_by_adapter_field_and_value(
+    tmp_path: Path, fields: dict[str, Any], named: str
+) -> None:
+    message = refusal(write(tmp_path, CONFIG | fields))
+    assert CONFIG_FILE in message
+    assert named in message
+
+
+def test_lora_ga_is_refused(tmp_path: Path) -> None:
+    assert "lora_ga" in refusal(write(tmp_path, CONFIG | {"init_lora_weights": "lora_ga"}))
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_initialisations_that_keep_the_base_model_are_accepted(tmp_path: Path, init: Any) -> None:
+    assert load_adapter(write(tmp_path, CONFIG | {"init_lora_weights": init})).rank == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\xff", b"[" * 100_000, b"9" * 5000])
+def test_configuration_that_is_not_json(tmp_path: Path, content: bytes) -> None:
+    assert "is not JSON" in refusal(write(tmp_path, content))
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"1", b'"LORA"'])
+def test_configuration_that_is_not_an_object(tmp_path: Path, content: bytes) -> None:
+    assert "is not a JSON object" in refusal(write(tmp_path, content))
+
+
+def test_configuration_of_absurd_size(tmp_path: Path) -> None:
+    padded = json.dumps(CONFIG).encode() + b" " * MAX_CONFIG_BYTES
+    assert "larger than" in refusal(write(tmp_path, padded))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_alpha": 10**400},
+        {"r": 10**400},
+        {"r": 10**400, "use_rslora": True},
+        {"rank_pattern": {"q_proj": 10**400}},
+        {"alpha_pattern": {"q_proj": 10**400}},
+        {"target_modules": 5},
+        {"target_modules": True},
+        {"rank_pattern": {"a{99999999999999999999}": 2}},
+        {"rank_pattern": {"(" * 5000 + ")" * 5000: 2}},
+        {"rank_pattern": {"(?i)q_proj": 2}},
+    ],
+    ids="-".join,
+)
+def test_hostile_configuration_gives_nothing_but_a_format_error(
+    tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    refusal(write(tmp_path, CONFIG | fields))
+
+
+@pytest.mark.parametrize("key", ["(a+)+b", "(a|a)*b", "(ab){2,}", "a" * 257])
+def test_hostile_pattern_is_refused(tmp_path: Path, key: str) -> None:
+    assert "rank_pattern" in refusal(write(tmp_path, CONFIG | {"rank_pattern": {key: 2}}))
+
+
+@pytest.mark.parametrize(("missing", "half"), [(A_KEY, "lora_A"), (B_KEY, "lora_B")])
+def test_missing_half_is_named(tmp_path: Path, missing: str, half: str) -> None:
+    weights = tensors()
+    del weights[missing]
+    message = refusal(write(tmp_path, weights=weights))
+    assert f"{Q_PROJ!r}: {half} is missing" in message
+
+
+@pytest.mark.parametrize(("key", "half"), [(A_KEY, "lora_A"), (B_KEY, "lora_B")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite(tmp_path: Path, key: str, half: str, value: float) -> None:
+    weights = tensors()
+    weights[key][1, 1] = value
+    assert f"{Q_PROJ!r}: {half} holds NaN or Inf" in refusal(write(tmp_path, weights=weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_weights_of_other_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
+    weights = tensors()
+    weights[A_KEY] = torch.zeros(2, 7).to(dtype)
+    message = refusal(write(tmp_path, weights=weights))
+    assert f"{Q_PROJ!r}: lora_A is {dtype}" in message
+
+
+def test_rank_of_the_weights_must_be_that_of_the_configuration(tmp_path: Path) -> None:
+    message = refusal(write(tmp_path, CONFIG | {"r": 3}))
+    assert f"{Q_PROJ!r}" in message
+    assert "says rank 3, lora_A has 2 rows" in message
+
+
+def test_halves_of_different_ranks(tmp_path: Path) -> None:
+    weights = tensors() | {B_KEY: torch.ones(5, 3)}
+    message = refusal(write(tmp_path, weights=weights))
+    assert f"{Q_PROJ!r}" in message
+    assert "[2, 7]" in message
+    assert "[5, 3]" in message
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "base_model.model.lm_head.weight",
+        f"base_model.model.{Q_PROJ}.lora_magnitude_vector.weight",
+        f"base_model.model.{Q_PROJ}.lora_B.bias",
+        "base_model.model.model.embed_tokens.lora_embedding_A",
+    ],
+)
+def test_tensor_that_is_no_lora_weight_is_named(tmp_path: Path, key: str) -> None:
+    assert repr(key) in refusal(write(tmp_path, weights=tensors() | {key: torch.ones(2)}))
+
+
+def test_module_given_twice_is_refused(tmp_path: Path) -> None:
+    twice = {A_KEY.removeprefix("base_model.model."): torch.ones(2, 7)}
+    assert Q_PROJ in refusal(write(tmp_path, weights=tensors() | twice))
+
+
+def test_adapter_without_tensors(tmp_path: Path) -> None:
+    assert "has no LoRA modules" in refusal(write(tmp_path, weights={}))
+
+
+def test_missing_folder_and_files_are_not_found(tmp_path: Path) -> None:
+    assert CONFIG_FILE in refusal(tmp_path / "sql", AdapterNotFoundError)
+    path = write(tmp_path)
+    (path / WEIGHTS_FILE).unlink()
+    assert WEIGHTS_FILE in refusal(path, AdapterNotFoundError)
+    (path / "adapter_model.bin").touch()
+    assert "convert" in refusal(path, AdapterNotFoundError)
+
+
+def test_folder_in_place_of_a_file(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    (path / WEIGHTS_FILE).unlink()
+    (path / WEIGHTS_FILE).mkdir()
+    assert WEIGHTS_FILE in refusal(path)
+
+
+def test_name_in_messages_can_be_chosen(tmp_path: Path) -> None:
+    with pytest.raises(AdapterNotFoundError, match="'style'"):
+        load_adapter(tmp_path, name="style")
+    assert load_adapter(write(tmp_path), name="style").name == "style"
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 40, -1])
+def test_truncated_weights(tmp_path: Path, keep: int) -> None:
+    weights = save(tensors())[:keep]
+    assert "not a readable safetensors file" in refusal(write(tmp_path, weights=weights))
+
+
+@pytest.mark.parametrize("length", [0, 1, 10**6, 2**63, 2**64 - 1])
+def test_forged_header_length(tmp_path: Path, length: int) -> None:
+    weights = struct.pack("<Q", length) + save(tensors())[8:]
+    assert "not a readable safetensors file" in refusal(write(tmp_path, weights=weights))
+
+
+@given(content=st.binary(max_size=200))
+def test_any_bytes_as_weights_are_refused(tmp_path: Path, content: bytes) -> None:
+    refusal(write(tmp_path, weights=content))
+
+
+@given(position=st.integers(0, 300), value=st.integers(0, 255))
+@settings(max_examples=150)
+def test_any_flipped_byte_loads_or_is_refused(tmp_path: Path, position: int, value: int) -> None:
+    weights = bytearray(save(tensors()))
+    weights[position % len(weights)] = value
+    path = write(tmp_path, weights=bytes(weights))
+    try:
+        load_adapter(path)
+    except LegoError as error:
+        assert "'sql'" in str(error)  # noqa: PT017
+
+
+@given(content=st.binary(max_size=200))
+def test_any_bytes_as_configuration_are_refused(content: bytes) -> None:
+    with pytest.raises(AdapterFormatError, match="'sql'"):
+        parse_config(content, "sql")
+
+
+@given(
+    field=st.sampled_from(
+        [
+            *CONFIG,
+            "alpha_pattern",
+            "base_model_name_or_path",
+            "bias",
+            "init_lora_weights",
+            "modules_to_save",
+            "rank_pattern",
+            "use_dora",
+            "use_rslora",
+        ]
+    ),
+    value=strategies.json_values,
+)
+@settings(max_examples=150)
+def test_any_value_of_a_field_is_taken_or_refused(field: str, value: object) -> None:
+    try:
+        config = parse_config(json.dumps(CONFIG | {field: value}).encode(), "sql")
+        config.scaling_of(Q_PROJ)
+    except AdapterFormatError as error:
+        assert "'sql'" in str(error)  # noqa: PT017
