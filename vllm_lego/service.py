@@ -95,11 +95,13 @@ class LegoService:
     @asynccontextmanager
     async def serving_known(self, identity: str) -> AsyncIterator[Serving | None]:
         """As `serving`, for a merge id that a client sends back. None when it is not known."""
-        merge = self.cache.get(identity)
-        if merge is None:
-            yield None
-            return
         with self.cache.pinned(identity):
+            if identity in self._merging:  # it has room in the cache before it can be served
+                await asyncio.shield(self._merging[identity])
+            merge = self.cache.get(identity)
+            if merge is None:
+                yield None
+                return
             merge.hits += 1
             self.metrics.requests.labels("hit").inc()
             yield Serving(identity, "hit")
@@ -128,13 +130,13 @@ class LegoService:
 
     async def _obtain(self, recipe: Recipe) -> Result:
         """Find a merge in the cache, join the making of it, or make it: one at a time per set."""
-        cached = self.cache.get(recipe.merge_id)
-        if cached is not None:
-            cached.hits += 1
-            return "hit"
-        result: Result = "coalesced"
         task = self._merging.get(recipe.merge_id)
+        result: Result = "coalesced"
         if task is None:
+            cached = self.cache.get(recipe.merge_id)
+            if cached is not None:
+                cached.hits += 1
+                return "hit"
             if len(self._merging) >= self.settings.max_queued_merges:
                 raise BusyError(
                     f"{len(self._merging)} merges are waiting, the most this server queues; "

@@ -44,6 +44,7 @@ def server_arguments(model: Path, adapters: Mapping[str, Path]) -> list[str]:
         "--enforce-eager",
         "--max-model-len=1024",
         "--max-num-seqs=32",
+        "--gpu-memory-utilization=0.3",  # on a GPU; a CPU has its VLLM_CPU_KVCACHE_SPACE
         "--enable-lora",
         "--max-loras=4",
         f"--max-lora-rank={MAX_LORA_RANK}",
