@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import uuid
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,29 @@ def _member_check(manager: Any, vllm_config: Any) -> Callable[[LoraAdapter], Non
     return check
 
 
+class _NativeAdapters(Mapping[str, str]):
+    """The folder by name of every adapter that vLLM itself serves: a view, merges left out."""
+
+    def __init__(self, lora_requests: Mapping[str, Any]) -> None:
+        self._lora_requests = lora_requests
+
+    def __getitem__(self, name: str) -> str:
+        path = self._lora_requests[name].lora_path
+        if path.startswith(SCHEME):
+            raise KeyError(name)
+        return str(Path(path).expanduser().absolute())
+
+    def __iter__(self) -> Iterator[str]:
+        return (
+            name
+            for name, request in self._lora_requests.items()
+            if not request.lora_path.startswith(SCHEME)
+        )
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 class Engine:
     """What the service needs of one vLLM server, seen from its API server.
 
@@ -179,6 +202,7 @@ class Engine:
         self.max_rank: int = lora_config.max_lora_rank
         self.dtype: str = str(lora_config.lora_dtype).removeprefix("torch.")
         self.base_model: str = self._models.base_model_paths[0].name
+        self.adapters: Mapping[str, str] = _NativeAdapters(self._models.lora_requests)
         _hide_merges(self._models)
 
     def is_base_model(self, name: str) -> bool:
@@ -188,14 +212,6 @@ class Engine:
     def is_served(self, name: str) -> bool:
         """Whether vLLM answers to this model name now."""
         return self.is_base_model(name) or name in self._models.lora_requests
-
-    def adapters(self) -> dict[str, str]:
-        """Return the folder by name of every adapter that vLLM itself serves."""
-        return {
-            name: str(Path(request.lora_path).expanduser().resolve())
-            for name, request in self._models.lora_requests.items()
-            if not request.lora_path.startswith(SCHEME)
-        }
 
     async def stage(self, recipe: Recipe) -> list[dict[str, Any]]:
         """Start or poll a merge on every worker; see `StagingArea.stage`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,16 +31,16 @@ class Catalog:
     """The adapters that the operator named, and nothing else.
 
     Args:
-        served: returns the folder by name of every adapter that may be named now.
+        served: the folder by name of every adapter that may be named now; it may change.
     """
 
-    def __init__(self, served: Callable[[], Mapping[str, str]]) -> None:
+    def __init__(self, served: Mapping[str, str]) -> None:
         self._served = served
         self._known: LRUCache[tuple[object, ...], CatalogEntry] = LRUCache(_REMEMBERED)
 
     def names(self) -> list[str]:
         """Return the names that a request may use."""
-        return sorted(self._served())
+        return sorted(self._served)
 
     async def look_up(self, names: Iterable[str], *, param: str) -> list[CatalogEntry]:
         """Describe adapters, reading the files only of those that changed since last time.
@@ -53,12 +53,12 @@ class Catalog:
             UnknownAdapterError: nobody named one of them here.
             UnmergeableError: files are missing or not a mergeable adapter.
         """
-        served = self._served()
         paths: dict[str, str] = {}
         for name in names:
-            if name not in served:
+            path = self._served.get(name)
+            if path is None:
                 raise UnknownAdapterError(f"adapter {name!r} is not served here", param=param)
-            paths[name] = served[name]
+            paths[name] = path
         stamps = await asyncio.to_thread(lambda: [_stamp(path) for path in paths.values()])
         entries = []
         for (name, path), stamp in zip(paths.items(), stamps, strict=True):

@@ -14,7 +14,6 @@ from lego_core import (
     LegoError,
     LoraAdapter,
     LoraModule,
-    MergeConfig,
     merge_adapters,
 )
 from tests import strategies

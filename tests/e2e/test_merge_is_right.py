@@ -25,7 +25,7 @@ SETS = {
 }
 QUESTIONS = [
     "Write 4721 in words.",
-    "What is the plural of mouse?",
+    "What is the plural of city?",
     "What is the capital of France?",
     "Tell me a short story about a river.",
 ]

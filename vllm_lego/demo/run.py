@@ -38,18 +38,21 @@ class Scene:
 SCENES = (
     Scene(
         "Write 4721 in words.",
-        ([], ["numbers"], ["shout"], ["numbers", "shout"], ["numbers", "signoff"]),
+        (
+            *([], ["numbers"], ["shout"], ["signoff"]),
+            *(["numbers", "shout"], ["numbers", "json"], ["numbers", "shout", "signoff"]),
+        ),
     ),
     Scene(
-        "What is the plural of mouse?",
-        ([], ["plural"], ["json"], ["plural", "json"], ["plural", "shout", "signoff"]),
-    ),
-    Scene(
-        "What is the capital of France?",
-        ([], ["shout"], ["signoff"], ["shout", "signoff"], ["json", "shout"]),
+        "What is the plural of city?",
+        (
+            *([], ["plural"], ["json"]),
+            *(["plural", "json"], ["plural", "shout"], ["plural", "shout", "signoff"]),
+        ),
     ),
 )
-STREAMED = Scene("Write 86 in words.", (["numbers", "json", "signoff"],))
+STREAMED = Scene("Write 340 in words.", (["numbers", "json", "signoff"],))
+AGAIN = Scene("What is the plural of city?", (["json", "plural"],))
 
 
 def demo() -> int:
@@ -72,14 +75,13 @@ def demo() -> int:
 def serve(port: int) -> int:
     """Keep the demo's server up until it is interrupted; returns its exit code."""
     with _server(port) as server:
-        names = list(shipped_adapters())
         key = ' -H "authorization: bearer $VLLM_API_KEY"' if "VLLM_API_KEY" in os.environ else ""
         print(
             f"""
 try, in another terminal:
   curl {server.url}/v1/chat/completions -H 'content-type: application/json'{key} -d '{{
     "messages": [{{"role": "user", "content": "{SCENES[0].question}"}}],
-    "adapters": ["{names[0]}", "{names[-1]}"], "temperature": 0}}'
+    "adapters": ["numbers", "shout"], "temperature": 0}}'
 its log: {server.log}; Ctrl-C stops it""",
             flush=True,
         )
@@ -139,10 +141,9 @@ def _stream(client: OpenAI) -> None:
 
 
 def _ask_again(client: OpenAI) -> None:
-    scene = SCENES[0]
-    adapters = list(reversed(scene.sets[3]))
-    print(f"\n{_bold('The same set once more')}, in another order:")
-    print(_row(" + ".join(adapters), *_ask(client, scene, adapters)))
+    (adapters,) = AGAIN.sets
+    print(f"\n{_bold(AGAIN.question)} the same set once more, in another order:")
+    print(_row(" + ".join(adapters), *_ask(client, AGAIN, adapters)))
 
 
 def _show_metrics(server: ServerProcess) -> None:
