@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from openai import OpenAI
 
 from lego_core import MergeConfig, load_adapter, merge_adapters, save_adapter
@@ -23,6 +24,7 @@ SETS = {
     "three": {"plural": 1.0, "json": 1.0, "signoff": 1.0},
     "weighted": {"numbers": 1.0, "plural": 0.5, "json": -0.25, "shout": 0.75},
 }
+SERVING_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUESTIONS = [
     "Write 4721 in words.",
     "What is the plural of city?",
@@ -38,7 +40,10 @@ def stock(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ope
     for name, weights in SETS.items():
         members = [load_adapter(shipped_adapters()[member]) for member in weights]
         merged = merge_adapters(
-            members, MergeConfig(rank=MAX_LORA_RANK), weights=list(weights.values())
+            members,
+            MergeConfig(rank=MAX_LORA_RANK),
+            weights=list(weights.values()),
+            device=SERVING_DEVICE,  # float32 sums differ in the last bit between devices
         )
         folders[name] = tmp_path_factory.mktemp("merged") / name
         save_adapter(merged, folders[name])
