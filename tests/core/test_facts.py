@@ -409,3 +409,12 @@ def test_order_of_adapters_of_one_name_changes_no_bit() -> None:
     adapters = [strategies.adapter("same", seed, 4) for seed in range(2)]
     config = MergeConfig(rank=3)
     assert_identical(merge_adapters(adapters[::-1], config), merge_adapters(adapters, config))
+
+
+def test_report_tells_the_time_of_each_phase() -> None:
+    adapters = [strategies.adapter(name, seed, 4) for seed, name in enumerate("ab")]
+    _, report = merge_adapters(adapters, MergeConfig(rank=4), report=True)
+    phases = {name: seconds for name, seconds in report.seconds.items() if name != "total"}
+    assert set(phases) == {"disassemble", "reassemble"}
+    assert all(seconds > 0 for seconds in phases.values())
+    assert sum(phases.values()) <= report.seconds["total"]
