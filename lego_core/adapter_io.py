@@ -11,10 +11,11 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 import safetensors
 import torch
@@ -27,6 +28,7 @@ from lego_core.errors import AdapterChangedError, AdapterFormatError, AdapterNot
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 20
 
 _PREFIX = "base_model.model."
 _MAX_PATTERN = 256
@@ -75,12 +77,17 @@ class AdapterConfig:
 
 
 def load_adapter(
-    source: str | os.PathLike[str], *, name: str | None = None, digest: str | None = None
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    name: str | None = None,
+    digest: str | None = None,
 ) -> LoraAdapter:
     """Read a PEFT LoRA adapter folder into memory, on the CPU, in the dtypes it was saved in.
 
     Args:
         source: the folder.
+        revision: of a hub repository; those cannot be read yet, so only None is taken.
         name: what messages call it; the folder's name by default.
         digest: if given, the content must have this digest.
 
@@ -92,9 +99,16 @@ def load_adapter(
     """
     folder = Path(source)
     name = name if name is not None else folder.name
+    if revision is not None:
+        raise AdapterNotFoundError(
+            f"adapter {name!r}: revision {revision!r} of a hub repository cannot be read yet; "
+            "download it and give the folder"
+        )
     config_bytes = _read(folder, CONFIG_FILE, name)
     weights_bytes = _read(folder, WEIGHTS_FILE, name)
-    found = _digest(config_bytes, weights_bytes)
+    sha = _digest_of(config_bytes)
+    sha.update(weights_bytes)
+    found = sha.hexdigest()
     if digest is not None and found != digest:
         raise AdapterChangedError(
             f"adapter {name!r} changed on disk: digest {digest[:12]} was asked for, "
@@ -126,12 +140,12 @@ def describe_adapter(
     folder = Path(source)
     name = name if name is not None else folder.name
     config_bytes = _read(folder, CONFIG_FILE, name)
-    weights_bytes = _read(folder, WEIGHTS_FILE, name)
-    return (
-        parse_config(config_bytes, name),
-        _digest(config_bytes, weights_bytes),
-        len(weights_bytes),
-    )
+    sha, size = _digest_of(config_bytes), 0
+    with _opened(folder, WEIGHTS_FILE, name) as weights:
+        while block := weights.read(_BLOCK_BYTES):
+            sha.update(block)
+            size += len(block)
+    return parse_config(config_bytes, name), sha.hexdigest(), size
 
 
 def save_adapter(adapter: LoraAdapter, folder: str | os.PathLike[str]) -> None:
@@ -322,12 +336,18 @@ def _is_finite(value: object) -> TypeGuard[float]:
 
 
 def _read(folder: Path, file: str, name: str) -> bytes:
+    with _opened(folder, file, name) as content:
+        if file == CONFIG_FILE and os.fstat(content.fileno()).st_size > MAX_CONFIG_BYTES:
+            raise _refusal(name, f"is larger than {MAX_CONFIG_BYTES} bytes")
+        return content.read()
+
+
+@contextmanager
+def _opened(folder: Path, file: str, name: str) -> Iterator[BinaryIO]:
+    """Open a file for reading; whatever goes wrong until it is closed is a `LegoError`."""
     try:
-        if file == CONFIG_FILE and (folder / file).stat().st_size > MAX_CONFIG_BYTES:
-            raise AdapterFormatError(
-                f"adapter {name!r}: {file} is larger than {MAX_CONFIG_BYTES} bytes"
-            )
-        return (folder / file).read_bytes()
+        with (folder / file).open("rb") as content:
+            yield content
     except FileNotFoundError as error:
         hint = ""
         if file == WEIGHTS_FILE and (folder / "adapter_model.bin").exists():
@@ -341,12 +361,11 @@ def _read(folder: Path, file: str, name: str) -> bytes:
         raise AdapterFormatError(f"adapter {name!r}: {file} cannot be read ({reason})") from error
 
 
-def _digest(config: bytes, weights: bytes) -> str:
-    """SHA-256 of both files; the length keeps the border between them unambiguous."""
+def _digest_of(config: bytes) -> Any:
+    """Start a SHA-256 of both files; the length keeps the border between them unambiguous."""
     sha = hashlib.sha256(len(config).to_bytes(8, "big"))
     sha.update(config)
-    sha.update(weights)
-    return sha.hexdigest()
+    return sha
 
 
 def _unshared(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Step 3 of LoRA-LEGO: k-means over the units of many modules at once, on Gram matrices alone.
 
 The distance of unit i to the mean of a set of units needs only inner products, so after the
-Gram matrices are formed the weights are not read again. Every module and every restart is one
-entry of a batch of small matrices.
+Gram matrices are formed the weights are not read again. Every module is one entry of a batch of
+small matrices.
 """
 
 from __future__ import annotations
@@ -54,15 +54,19 @@ def cluster_units(
     draws = torch.rand(
         (restarts, k), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     ).to(gram.device)
-    batch = ordered.repeat(restarts, 1, 1)  # restart-major: entry r * M + m
-    centres = _seed(batch, draws.repeat_interleave(n_modules, dim=0), align_sign=align_sign)
-    signs = _lloyd(batch, centres, align_sign=align_sign)
-
-    spread = inertia(batch, signs).view(restarts, n_modules)
-    best = spread.argmin(dim=0)
-    chosen = signs.view(restarts, n_modules, k, n_units)[
-        best, torch.arange(n_modules, device=gram.device)
-    ]
+    chosen, lowest = None, None
+    for of_restart in draws:  # one after another: memory does not grow with the restarts
+        centres = _seed(ordered, of_restart.expand(n_modules, k), align_sign=align_sign)
+        signs = _lloyd(ordered, centres, align_sign=align_sign)
+        spread = inertia(ordered, signs)
+        if chosen is None or lowest is None:
+            chosen, lowest = signs, spread
+        else:
+            better = spread < lowest
+            chosen = torch.where(better[:, None, None], signs, chosen)
+            lowest = torch.where(better, spread, lowest)
+    if chosen is None:
+        raise ValueError("restarts must be at least 1")
     undo = order.argsort(dim=1)
     return chosen.gather(2, undo[:, None, :].expand_as(chosen))
 

@@ -106,7 +106,7 @@ def merge_adapters(
         IncompatibleAdaptersError: adapters of different base models or shapes, or numbers that
             overflow.
     """
-    clock = _Clock()
+    clock = _Clock(synchronising=report)
     config = config or MergeConfig()
     members = _in_canonical_order(adapters, weights)
     sources = [adapter for adapter, _ in members]
@@ -143,14 +143,15 @@ def merge_adapters(
 
 
 class _Clock:
-    """Wall time by phase, of the device too: a phase ends when its kernels have."""
+    """Wall time by phase; when synchronising, of the device too."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, synchronising: bool) -> None:
+        self._synchronising = synchronising
         self._started = self._lapped = time.perf_counter()
         self._phases = {"disassemble": 0.0, "reassemble": 0.0}
 
     def lap(self, phase: str, device: torch.device) -> None:
-        if device.type == "cuda":
+        if self._synchronising and device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
         now = time.perf_counter()
         self._phases[phase] += now - self._lapped
@@ -187,7 +188,8 @@ def _check_base_models(adapters: Sequence[LoraAdapter]) -> None:
         if adapter.base_model != named[0].base_model:
             raise IncompatibleAdaptersError(
                 f"adapter {adapter.name!r} was trained on {adapter.base_model!r}, adapter "
-                f"{named[0].name!r} on {named[0].base_model!r}; only adapters of one base model merge"
+                f"{named[0].name!r} on {named[0].base_model!r}; only adapters of one base model merge. If these are one, let base_model_name_or_path in "
+                "their adapter_config.json say so"
             )
 
 

@@ -20,6 +20,7 @@ import torch
 
 from lego_core import IncompatibleAdaptersError, LoraAdapter
 from vllm_lego.recipe import SCHEME, Recipe
+from vllm_lego.settings import SettingsError
 from vllm_lego.worker import StagingArea
 
 
@@ -192,6 +193,9 @@ class Engine:
     Args:
         client: vLLM's `EngineClient`.
         state: the FastAPI application's state.
+
+    Raises:
+        SettingsError: the server is set up in a way that is not supported.
     """
 
     def __init__(self, client: Any, state: Any) -> None:
@@ -199,6 +203,13 @@ class Engine:
         self._models = state.openai_serving_models
         self._holder = uuid.uuid4().hex
         lora_config = state.vllm_config.lora_config
+        parallel = state.vllm_config.parallel_config
+        if parallel.data_parallel_size > 1:
+            raise SettingsError(
+                f"vllm-lego does not support --data-parallel-size {parallel.data_parallel_size} "
+                "yet: run one server per replica"
+            )
+        self.api_servers: int = getattr(parallel, "_api_process_count", 1)
         self.max_rank: int = lora_config.max_lora_rank
         self.dtype: str = str(lora_config.lora_dtype).removeprefix("torch.")
         self.base_model: str = self._models.base_model_paths[0].name

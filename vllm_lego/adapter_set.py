@@ -14,6 +14,7 @@ from vllm_lego.errors import BadRequestError
 
 MODEL_SEPARATOR = "+"
 _ENTRY_FIELDS = {"name", "weight"}
+_SHOWN = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +36,17 @@ class AdapterSet:
         return len(self.weights) == 1 and not self.merge and set(self.weights.values()) == {1.0}
 
 
-def parse_adapters(adapters: object, merge: object, *, max_adapters: int) -> AdapterSet | None:
-    """Read the request fields `adapters` and `merge`.
+def names_none(adapters: object) -> bool:
+    """Whether the request field `adapters` asks for nothing: absent, null or an empty list."""
+    return adapters is None or adapters == []
 
-    Returns:
-        The set, or None when the request lists no adapters.
+
+def parse_adapters(adapters: object, merge: object, *, max_adapters: int) -> AdapterSet:
+    """Read the request fields `adapters`, which names at least one, and `merge`.
 
     Raises:
         BadRequestError: malformed, a duplicate name, a weight that is not finite, too many.
     """
-    if adapters is None or adapters == []:
-        return None
     if not isinstance(adapters, list):
         raise BadRequestError(
             f"`adapters` must be a list of names or of objects with name and weight, not "
@@ -66,7 +67,8 @@ def parse_model_name(model: str, merge: object, *, max_adapters: int) -> Adapter
     names = model.split(MODEL_SEPARATOR)
     if not all(names):
         raise BadRequestError(
-            f"`model` {model!r} has an empty adapter name around {MODEL_SEPARATOR!r}", param="model"
+            f"`model` {shown(model)} has an empty adapter name around {MODEL_SEPARATOR!r}",
+            param="model",
         )
     return _checked([(name, 1.0) for name in names], merge, max_adapters, "model")
 
@@ -83,7 +85,7 @@ def _checked(
     for name, weight in sorted(entries):
         if name in weights:
             raise BadRequestError(
-                f"adapter {name!r} is listed twice; give it one entry with the weight you want",
+                f"adapter {shown(name)} is listed twice; give it one entry with the weight you want",
                 param=param,
             )
         weights[name] = weight
@@ -105,13 +107,13 @@ def _entry(entry: object, position: int) -> tuple[str, float]:
     unknown = sorted(set(entry) - _ENTRY_FIELDS)
     if unknown:
         raise BadRequestError(
-            f"`{param}` has an unknown field {unknown[0]!r}; the fields are name and weight",
-            param=f"{param}.{unknown[0]}",
+            f"`{param}` has an unknown field {shown(unknown[0])}; the fields are name and weight",
+            param=f"{param}.{unknown[0][:_SHOWN]}",
         )
     name, weight = entry.get("name"), entry.get("weight", 1)
     if not isinstance(name, str) or not name:
         raise BadRequestError(
-            f"`{param}.name` must be an adapter's name, not {name!r}", param=f"{param}.name"
+            f"`{param}.name` must be an adapter's name, not {shown(name)}", param=f"{param}.name"
         )
     return name, _weight(weight, param)
 
@@ -123,10 +125,16 @@ def _weight(weight: object, param: str) -> float:
         except OverflowError:
             value = math.inf
         if math.isfinite(value):
-            return value
+            return value + 0.0  # so that -0.0 and 0.0 are one weight
     raise BadRequestError(
-        f"`{param}.weight` must be a finite number, not {weight!r}", param=f"{param}.weight"
+        f"`{param}.weight` must be a finite number, not {shown(weight)}", param=f"{param}.weight"
     )
+
+
+def shown(value: object) -> str:
+    """Return a client's value as a message shows it: quoted, and not longer than it helps."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 
 def _json_type(value: object) -> str:

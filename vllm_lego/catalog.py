@@ -11,9 +11,13 @@ from cachetools import LRUCache
 
 from lego_core import AdapterConfig, LegoError, describe_adapter
 from lego_core.adapter_io import CONFIG_FILE, WEIGHTS_FILE
+from vllm_lego.adapter_set import shown
 from vllm_lego.errors import UnknownAdapterError, UnmergeableError
 
 _REMEMBERED = 4096
+
+_Key = tuple[str, str, tuple[int, ...] | None]
+"""Name, folder, and what changes whenever its files do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +40,24 @@ class Catalog:
 
     def __init__(self, served: Mapping[str, str]) -> None:
         self._served = served
-        self._known: LRUCache[tuple[object, ...], CatalogEntry] = LRUCache(_REMEMBERED)
+        self._known: LRUCache[_Key, CatalogEntry] = LRUCache(_REMEMBERED)
+        self._reading: dict[_Key, asyncio.Task[CatalogEntry]] = {}
 
     def names(self) -> list[str]:
         """Return the names that a request may use."""
         return sorted(self._served)
+
+    def check_names(self, names: Iterable[str], *, param: str) -> list[str]:
+        """Return the names if each may be used.
+
+        Raises:
+            UnknownAdapterError: nobody named one of them here.
+        """
+        names = list(names)
+        for name in names:
+            if name not in self._served:
+                raise UnknownAdapterError(f"adapter {shown(name)} is not served here", param=param)
+        return names
 
     async def look_up(self, names: Iterable[str], *, param: str) -> list[CatalogEntry]:
         """Describe adapters, reading the files only of those that changed since last time.
@@ -53,23 +70,29 @@ class Catalog:
             UnknownAdapterError: nobody named one of them here.
             UnmergeableError: files are missing or not a mergeable adapter.
         """
-        paths: dict[str, str] = {}
-        for name in names:
-            path = self._served.get(name)
-            if path is None:
-                raise UnknownAdapterError(f"adapter {name!r} is not served here", param=param)
-            paths[name] = path
+        paths = {name: self._served[name] for name in self.check_names(names, param=param)}
         stamps = await asyncio.to_thread(lambda: [_stamp(path) for path in paths.values()])
-        entries = []
-        for (name, path), stamp in zip(paths.items(), stamps, strict=True):
-            key = (name, path, stamp)
-            if stamp is None or key not in self._known:
-                try:
-                    self._known[key] = await asyncio.to_thread(_describe, name, path)
-                except LegoError as error:
-                    raise UnmergeableError(str(error), param=param) from error
-            entries.append(self._known[key])
-        return entries
+        try:
+            return [
+                self._known.get((*item, stamp)) or await self._read((*item, stamp))
+                for item, stamp in zip(paths.items(), stamps, strict=True)
+            ]
+        except LegoError as error:
+            raise UnmergeableError(str(error), param=param) from error
+
+    async def _read(self, key: _Key) -> CatalogEntry:
+        """Read an adapter's files, once for all who ask meanwhile."""
+        reading = self._reading.get(key)
+        if reading is None:
+            reading = asyncio.create_task(asyncio.to_thread(_describe, key[0], key[1]))
+            self._reading[key] = reading
+            reading.add_done_callback(lambda done: self._finish(key, done))
+        return await asyncio.shield(reading)
+
+    def _finish(self, key: _Key, reading: asyncio.Task[CatalogEntry]) -> None:
+        del self._reading[key]
+        if not reading.cancelled() and reading.exception() is None and key[2] is not None:
+            self._known[key] = reading.result()
 
 
 def _stamp(path: str) -> tuple[int, ...] | None:

@@ -14,7 +14,13 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from vllm_lego.adapter_set import MODEL_SEPARATOR, parse_adapters, parse_model_name
+from vllm_lego.adapter_set import (
+    MODEL_SEPARATOR,
+    names_none,
+    parse_adapters,
+    parse_model_name,
+    shown,
+)
 from vllm_lego.errors import (
     BadRequestError,
     BodyTooLargeError,
@@ -38,11 +44,11 @@ def _escaped(word: str) -> str:
     return "".join(rf"(?:{c}|\\u00{ord(c):02x})" for c in word)
 
 
-# What a body must contain to be worth parsing: cheap, and never wrong in the other direction.
+# A set leaves one of these in a body. An escape in the model's name may hide anything.
 _ADAPTERS_KEY = b'"adapters"'
 _ESCAPED_KEY = re.compile(rf'"{_escaped("adapters")}"'.encode(), re.IGNORECASE)
 _SET_AS_MODEL = re.compile(
-    rf'"{_escaped("model")}"\s*:\s*"(?:lego-|[^"]*(?:\+|\\u002b))'.encode(), re.IGNORECASE
+    rf'"{_escaped("model")}"\s*:\s*"(?:lego-|[^"]*[+\\])'.encode(), re.IGNORECASE
 )
 
 
@@ -88,11 +94,7 @@ class Interception:
         self, scope: Scope, body: bytes
     ) -> tuple[dict[str, Any], AbstractAsyncContextManager[Serving | None]] | None:
         """Return the parsed request and how to serve it, or None when it names no set."""
-        if not (
-            _ADAPTERS_KEY in body
-            or (b"\\u00" in body and _ESCAPED_KEY.search(body))
-            or _SET_AS_MODEL.search(body)
-        ):
+        if not _may_hold_a_set(body):
             return None
         try:
             request = json.loads(body)
@@ -101,20 +103,19 @@ class Interception:
         if not isinstance(request, dict):
             return None
         model, adapters = request.get("model"), request.get("adapters")
-        if adapters is None or adapters == []:
+        if names_none(adapters):
             return self._set_as_model(scope, request, model)
         service = self._authorised_service(scope)
         wanted = parse_adapters(
             adapters, request.get("merge"), max_adapters=service.settings.max_adapters
         )
-        if wanted is None:
-            return None
         if model is not None and not (isinstance(model, str) and service.is_base_model(model)):
             raise BadRequestError(
-                f"`model` is {model!r}; with `adapters` it must be the base model "
+                f"`model` is {shown(model)}; with `adapters` it must be the base model "
                 f"({service.base_model!r}) or absent",
                 param="model",
             )
+        _refuse_background(request)
         return request, service.serving(wanted, param="adapters")
 
     def _set_as_model(
@@ -124,6 +125,7 @@ class Interception:
         if self.service is None or not isinstance(model, str):
             return None
         if MERGE_ID.fullmatch(model):
+            _refuse_background(request)
             return request, self._authorised_service(scope).serving_known(model)
         if MODEL_SEPARATOR not in model or self.service.is_served(model):
             return None
@@ -131,6 +133,7 @@ class Interception:
         wanted = parse_model_name(
             model, request.get("merge"), max_adapters=service.settings.max_adapters
         )
+        _refuse_background(request)
         return request, service.serving(wanted, param="model")
 
     def _authorised_service(self, scope: Scope) -> LegoService:
@@ -181,7 +184,7 @@ class Interception:
         if self.service is not None:
             self.service.metrics.count_error(error.reason)
         # Spaced as vLLM's own answers are: a stranger must not tell the two apart.
-        body = json.dumps(error.body(), ensure_ascii=False, separators=(",", ":")).encode()
+        body = json.dumps(error.body(), separators=(",", ":")).encode()
         headers = {
             "content-type": "application/json",
             "content-length": str(len(body)),
@@ -208,6 +211,22 @@ def _may_name_a_set(scope: Scope) -> bool:
     return plain and b"json" in headers.get(b"content-type", b"json").lower()
 
 
+def _may_hold_a_set(body: bytes) -> bool:
+    """Whether a body is worth parsing: cheap, and never wrong in the other direction."""
+    return bool(
+        _ADAPTERS_KEY in body
+        or (b"\\u00" in body and _ESCAPED_KEY.search(body))
+        or _SET_AS_MODEL.search(body)
+        or json.detect_encoding(body) not in ("utf-8", "utf-8-sig")
+    )
+
+
+def _refuse_background(request: dict[str, Any]) -> None:
+    """A merge is kept while its request lasts; a background response outlives its request."""
+    if request.get("background"):
+        raise BadRequestError("`background` is not supported with adapters", param="background")
+
+
 async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes | None:
     """Read the whole body, or None when the client leaves meanwhile.
 
@@ -216,20 +235,17 @@ async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes | None
     """
     declared = next((v for k, v in scope["headers"] if k.lower() == b"content-length"), b"0")
     size = int(declared) if declared.isdigit() else 0
-    chunks: list[bytes] = []
+    body = bytearray()
     more = True
-    while more:
-        if size > limit:
-            raise BodyTooLargeError(f"the body is over the limit of {limit} bytes")
+    while more and max(size, len(body)) <= limit:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        chunks.append(message.get("body", b""))
-        size = max(size, sum(map(len, chunks)))
+        body += message.get("body", b"")
         more = message.get("more_body", False)
-    if size > limit:
+    if max(size, len(body)) > limit:
         raise BodyTooLargeError(f"the body is over the limit of {limit} bytes")
-    return b"".join(chunks)
+    return bytes(body)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -57,7 +57,8 @@ class LegoService:
     def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
         self.catalog = Catalog(engine.adapters)
-        self.cache = MergedAdapterCache(settings.device_cache_bytes)
+        # The workers keep the union of what the API servers keep.
+        self.cache = MergedAdapterCache(settings.device_cache_bytes // engine.api_servers)
         self.metrics = metrics
         self._engine = engine
         self.base_model = engine.base_model
@@ -77,11 +78,12 @@ class LegoService:
         Raises:
             ServingError: it cannot be served; nothing else changed.
         """
+        if wanted.is_single:  # vLLM serves it as it is, mergeable or not
+            (name,) = self.catalog.check_names(wanted.weights, param=param)
+            yield Serving(name)
+            return
         config = self._config(wanted)
         entries = await self.catalog.look_up(wanted.weights, param=param)
-        if wanted.is_single:
-            yield Serving(entries[0].name)
-            return
         members = tuple(
             Member(entry.name, entry.path, entry.digest, wanted.weights[entry.name])
             for entry in entries
@@ -96,15 +98,17 @@ class LegoService:
     async def serving_known(self, identity: str) -> AsyncIterator[Serving | None]:
         """As `serving`, for a merge id that a client sends back. None when it is not known."""
         with self.cache.pinned(identity):
+            result: Result = "hit"
             if identity in self._merging:  # it has room in the cache before it can be served
                 await asyncio.shield(self._merging[identity])
+                result = "coalesced"
             merge = self.cache.get(identity)
             if merge is None:
                 yield None
                 return
             merge.hits += 1
-            self.metrics.requests.labels("hit").inc()
-            yield Serving(identity, "hit")
+            self.metrics.requests.labels(result).inc()
+            yield Serving(identity, result)
 
     def _config(self, wanted: AdapterSet) -> MergeConfig:
         try:
@@ -211,6 +215,13 @@ class LegoService:
             ) from error
 
     async def _make_room(self, recipe: Recipe, number: int, status: dict[str, Any]) -> None:
+        if status["nbytes"] > self.cache.maxsize:
+            raise UnmergeableError(
+                f"the merge takes {status['nbytes']} bytes, more than the {int(self.cache.maxsize)} "
+                "that this server keeps for merges (VLLM_LEGO_DEVICE_CACHE_BYTES); ask for a lower "
+                "rank",
+                param="merge.rank",
+            )
         try:
             self.cache[recipe.merge_id] = CachedMerge(
                 recipe=recipe.encode(),
@@ -223,7 +234,7 @@ class LegoService:
         except CacheFullError as error:
             raise BusyError(
                 f"the merge takes {status['nbytes']} bytes and the sets in use leave too little of "
-                f"the {self.settings.device_cache_bytes} that the server keeps for merges; "
+                f"the {int(self.cache.maxsize)} that the server keeps for merges; "
                 "try again later"
             ) from error
         evicted, self.cache.evicted = self.cache.evicted, []

@@ -35,7 +35,8 @@ class Settings:
     device_cache_bytes: int = _setting(
         1 << 30,
         "bytes of merged adapters kept ready on each worker's device, outside vLLM's "
-        "--gpu-memory-utilization; the least recently used are dropped",
+        "--gpu-memory-utilization, shared by the API servers; the least recently used are dropped. "
+        "The memory of a merge being made comes on top",
         low=1,
     )
     max_adapters: int = _setting(16, "adapters that one request may list", low=1)

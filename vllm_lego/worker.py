@@ -62,6 +62,8 @@ class StagingArea:
         self._dtype = dtype
         self._check = check
         self._merges: dict[str, _Staging] = {}
+        # One stream for good: PyTorch keeps freed memory for the stream that it was used on.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._threads = ThreadPoolExecutor(
             max_workers=1, thread_name_prefix="lego-staging", initializer=_yield_to_the_engine
         )
@@ -103,10 +105,10 @@ class StagingArea:
         }
 
     def discard(self, merge_id: str, holder: str) -> bool:
-        """Let go of a merge. Returns whether it is gone now, because nobody else holds it."""
+        """Let go of a merge. Returns whether that made it go, because nobody else holds it."""
         staging = self._merges.get(merge_id)
         if staging is None:
-            return True
+            return False
         staging.holders.discard(holder)
         if staging.holders:
             return False
@@ -124,7 +126,7 @@ class StagingArea:
             LegoError: it was gone and could not be made again.
         """
         staging = self._merges.get(recipe.merge_id)
-        if staging is not None and staging.future.done() and not staging.future.cancelled():
+        if staging is not None:  # unfinished, it is sooner waited for than made once more
             return staging.future.result().adapter
         logger.warning("%s was not staged; merging it while the engine waits", recipe.merge_id)
         return self._make(recipe, time.perf_counter()).adapter
@@ -158,9 +160,7 @@ class StagingArea:
         `merge_adapters` synchronises it before it returns its report, so whoever sees the
         result may use it on any stream.
         """
-        if self._device.type != "cuda":
-            return nullcontext()
-        return torch.cuda.stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
 
 def _yield_to_the_engine() -> None:

@@ -2,14 +2,16 @@
 
     .venv/bin/python -m benchmarks.stall
 
-Four conditions, interleaved and repeated against servers started by this command:
+Conditions, interleaved and repeated against servers started by this command:
 
     idle      nothing else happens
     cached    a request for a set that is already merged joins
     cold      a request for a set never seen before joins
-    slow      as `cold`, the merge artificially lengthened by 3 s inside the staging thread
+    busy      as `cold`, with a merge that computes for long: five adapters, 64 k-means restarts
+    slow      as `cold`, the merge artificially lengthened by 3 s of sleep in the staging thread
 
-If merging blocked the engine's loop, the longest gap of `slow` would exceed 3 s.
+If merging blocked the engine's loop, the longest gap of `slow` would exceed 3 s. `busy` shares
+the cores with the model, which `slow` does not.
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ def main() -> int:
     measured: dict[str, list[Stream]] = {}
     with _server({}) as client:
         for _ in range(options.repeats):
-            for condition in ("idle", "cached", "cold"):
+            for condition in ("idle", "cached", "cold", "busy"):
                 stream = _measure(client, condition, options.tokens)
                 measured.setdefault(condition, []).append(stream)
                 print(f"  {condition:8} {stream}", flush=True)
@@ -97,17 +99,22 @@ def main() -> int:
 
 def _measure(client: OpenAI, condition: str, tokens: int) -> Stream:
     """Stream from the base model; a quarter of the way in, let a second client join."""
-    known = [{"name": "numbers", "weight": 1.0}, "shout"]
+    known = {"adapters": ["numbers", "shout"]}
     if condition == "cached":
         _join(client, known)
     joined: list[float] = []
-    adapters = {
+    new = {"name": "shout", "weight": 1 + next(_weights) / 1000}
+    wanted: dict[str, object] | None = {
         "idle": None,
         "cached": known,
-        "cold": ["numbers", {"name": "shout", "weight": 1 + next(_weights) / 1000}, "json"],
-        "slow": ["numbers", {"name": "shout", "weight": 1 + next(_weights) / 1000}, "json"],
+        "cold": {"adapters": ["numbers", new, "json"]},
+        "slow": {"adapters": ["numbers", new, "json"]},
+        "busy": {
+            "adapters": ["numbers", "plural", new, "json", "signoff"],
+            "merge": {"restarts": 64},
+        },
     }[condition]
-    thread = threading.Thread(target=lambda: joined.append(_join(client, adapters)))
+    thread = threading.Thread(target=lambda: joined.append(_join(client, wanted or {})))
     arrivals: list[float] = []
     for chunk in client.completions.create(
         model=MODEL_NAME,
@@ -118,10 +125,10 @@ def _measure(client: OpenAI, condition: str, tokens: int) -> Stream:
         extra_body={"ignore_eos": True},
     ):
         arrivals.append(time.perf_counter())
-        if adapters and len(arrivals) == tokens // 4:
+        if wanted and len(arrivals) == tokens // 4:
             thread.start()
         del chunk
-    if adapters:
+    if wanted:
         still_merging = thread.is_alive()
         thread.join()
         if still_merging:
@@ -135,7 +142,7 @@ def _measure(client: OpenAI, condition: str, tokens: int) -> Stream:
     )
 
 
-def _join(client: OpenAI, adapters: object) -> float:
+def _join(client: OpenAI, wanted: dict[str, object]) -> float:
     """Ask for one token from a set. Returns seconds."""
     started = time.perf_counter()
     client.completions.create(
@@ -143,7 +150,7 @@ def _join(client: OpenAI, adapters: object) -> float:
         prompt="Once upon a time",
         max_tokens=1,
         temperature=0,
-        extra_body={"adapters": adapters},
+        extra_body=wanted,
     )
     return time.perf_counter() - started
 
@@ -154,7 +161,7 @@ def _server(environment: Mapping[str, str]) -> Iterator[OpenAI]:
     merged = server_environment() | environment
     with ServerProcess(arguments, merged, progress=print) as server:
         client = OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=600)
-        _join(client, ["numbers", "plural"])  # first use compiles and allocates
+        _join(client, {"adapters": ["numbers", "plural"]})  # first use compiles and allocates
         yield client
 
 

@@ -74,7 +74,8 @@ def metric(http: httpx.Client) -> Callable[..., float]:
     def read(name: str, **labels: str) -> float:
         for line in http.get("/metrics").text.splitlines():
             match = re.fullmatch(rf"{name}(?:\{{(.*)\}})? (\S+)", line)
-            if match and dict(re.findall(r'(\w+)="([^"]*)"', match[1] or "")) == labels:
+            found = dict(re.findall(r'(\w+)="([^"]*)"', match[1] or "")) if match else {}
+            if match and labels.items() <= found.items():
                 return float(match[2])
         raise AssertionError(f"no series {name}{labels}")
 

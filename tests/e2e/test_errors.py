@@ -51,6 +51,7 @@ def refused(answer: httpx.Response, status: int) -> dict[str, object]:
         (SET | {"model": "nobody"}, 400, "model", "must be the base model"),
         (SET | {"model": 7}, 400, "model", "must be the base model"),
         ({"model": "numbers+"}, 400, "model", "empty adapter name"),
+        (SET | {"background": True}, 400, "background", "not supported with adapters"),
         ({"adapters": ["numbers", "nobody"]}, 404, "adapters", "'nobody' is not served here"),
         ({"adapters": ["nobody"]}, 404, "adapters", "'nobody' is not served here"),
         ({"adapters": ["../numbers"]}, 404, "adapters", "is not served here"),
@@ -75,6 +76,12 @@ def test_a_nonfinite_weight_is_refused(http):
         headers={"content-type": "application/json"},
     )
     assert refused(answer, 400)["param"] == "adapters[1].weight"
+
+
+def test_a_lone_surrogate_is_a_bad_request(http):
+    body = json.dumps(HELLO | {"adapters": [{"name": "numbers", "\ud800": 1}]})
+    answer = http.post(CHAT, content=body, headers={"content-type": "application/json"})
+    assert "unknown field" in refused(answer, 400)["message"]
 
 
 def test_malformed_json_gets_vllms_own_error(http):

@@ -140,7 +140,7 @@ def test_four_clients_at_once_cause_one_merge(client, metric):
     assert [headers["x-lego-cache"] for _, headers in answers].count("miss") == 1
 
 
-def test_a_mixed_batch_answers_as_each_request_alone(client):
+def test_a_mixed_batch_answers_as_each_request_alone(client, metric):
     # Answers the model is sure of: bf16 sums differ with the batch's shape, in any vLLM.
     requests = [
         ("What is the capital of France?", {}),
@@ -151,9 +151,13 @@ def test_a_mixed_batch_answers_as_each_request_alone(client):
         (PLURAL, {"adapters": ["plural", "shout"]}),
     ]
     alone = [ask(client, question, **fields)[0] for question, fields in requests]
+    together = 0.0
     with ThreadPoolExecutor(len(requests)) as pool:
-        mixed = list(pool.map(lambda r: ask(client, r[0], **r[1])[0], requests))
-    assert mixed == alone
+        running = [pool.submit(ask, client, q, **fields) for q, fields in requests]
+        while not all(future.done() for future in running):
+            together = max(together, metric("vllm:num_requests_running"))
+    assert [future.result()[0] for future in running] == alone
+    assert together >= 3  # they did share a batch
     assert len(set(alone)) == len(alone)
 
 

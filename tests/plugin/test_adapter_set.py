@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_lego.adapter_set import AdapterSet, parse_adapters, parse_model_name
+from vllm_lego.adapter_set import AdapterSet, names_none, parse_adapters, parse_model_name
 from vllm_lego.errors import BadRequestError
 
 json_values = st.recursive(
@@ -20,13 +20,12 @@ json_values = st.recursive(
 )
 
 
-def parse(adapters: object, merge: object = None) -> AdapterSet | None:
+def parse(adapters: object, merge: object = None) -> AdapterSet:
     return parse_adapters(adapters, merge, max_adapters=4)
 
 
 def test_names_and_weights():
     wanted = parse(["style", {"name": "sql", "weight": 0.7}, {"name": "a"}])
-    assert wanted is not None
     assert wanted.weights == {"a": 1.0, "sql": 0.7, "style": 1.0}
 
 
@@ -34,9 +33,21 @@ def test_order_has_no_meaning():
     assert list(parse(["b", "a"]).weights) == list(parse(["a", "b"]).weights) == ["a", "b"]
 
 
-@pytest.mark.parametrize("nothing", [None, []])
-def test_no_adapters_is_no_set(nothing):
-    assert parse(nothing) is None
+def test_absent_null_and_empty_name_none():
+    assert names_none(None)
+    assert names_none([])
+    assert not any(map(names_none, (["sql"], "", {}, 0, False)))
+
+
+def test_a_weight_has_one_zero():
+    signs = [repr(parse([{"name": "a", "weight": w}]).weights["a"]) for w in (0, 0.0, -0.0)]
+    assert signs == ["0.0"] * 3
+
+
+def test_messages_do_not_echo_a_megabyte():
+    with pytest.raises(BadRequestError) as caught:
+        parse(["x" * 1_000_000] * 2)
+    assert len(str(caught.value)) < 300
 
 
 def test_one_adapter_as_it_is_needs_no_merge():

