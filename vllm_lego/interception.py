@@ -74,8 +74,12 @@ class Interception:
             return
         try:
             body = await _read_body(scope, receive, self.max_body_bytes)
-            if body is None:  # the client has left
-                return
+        except BodyTooLargeError as error:
+            await self._refuse(error, send, named_a_set=False)
+            return
+        if body is None:  # the client has left
+            return
+        try:
             found = self._find_set(scope, body)
         except ServingError as error:
             await self._refuse(error, send)
@@ -180,9 +184,9 @@ class Interception:
 
         await self.app({**scope, "headers": headers}, _replay(body, receive), send_with_headers)
 
-    async def _refuse(self, error: ServingError, send: Send) -> None:
+    async def _refuse(self, error: ServingError, send: Send, *, named_a_set: bool = True) -> None:
         if self.service is not None:
-            self.service.metrics.count_error(error.reason)
+            self.service.metrics.count_error(error.reason, named_a_set=named_a_set)
         # Spaced as vLLM's own answers are: a stranger must not tell the two apart.
         body = json.dumps(error.body(), separators=(",", ":")).encode()
         headers = {

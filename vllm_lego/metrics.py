@@ -80,7 +80,8 @@ class Metrics:
             self.merge_seconds.labels(phase).observe(seconds[phase])
         self.fidelity.labels(method).observe(fidelity)
 
-    def count_error(self, reason: str) -> None:
-        """Record a request that got an error."""
-        self.requests.labels("error").inc()
+    def count_error(self, reason: str, *, named_a_set: bool) -> None:
+        """Record a request that got an error of ours."""
+        if named_a_set:
+            self.requests.labels("error").inc()
         self.errors.labels(reason).inc()

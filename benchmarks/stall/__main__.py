@@ -75,7 +75,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.stall", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="streams per condition")
     parser.add_argument("--tokens", type=int, default=200, help="tokens of each stream")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results.json")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
 
     measured: dict[str, list[Stream]] = {}
@@ -185,12 +185,13 @@ def _slow_plugin() -> Iterator[dict[str, str]]:
 def _write(folder: Path, measured: Mapping[str, list[Stream]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     report = {
-        "command": "python -m benchmarks.stall " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python -m benchmarks.stall", *sys.argv[1:]]),
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "versions": {name: version(name) for name in ("vllm", "torch", "vllm-lego")},
         "conditions": {name: [asdict(s) for s in streams] for name, streams in measured.items()},
     }
     (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n")
+    (folder / "results.md").write_text(f"`{report['command']}`\n{_table(measured)}\n")
 
 
 def _table(measured: Mapping[str, list[Stream]]) -> str:
