@@ -4,6 +4,7 @@
 | --- | --- | --- | --- |
 | `lora_model_runner_mixin.LRUCacheWorkerLoRAManager` | vLLM loads an adapter from a path, on the engine's loop | a subclass whose `_load_adapter` takes finished tensors for a `lego://` path; everything else is vLLM's | LoRARequest can carry tensors |
 | `WorkerBase.lego_stage`, `.lego_discard` | a worker has no way to start work off the loop | two methods more, called through `collective_rpc` | vLLM has a registry of worker methods |
+| `torch_ops.bgmv_shrink`, on the CPU platform only | in a batch with LoRA requests it gives requests of the base model the adapter of the last slot | its result is zeroed for tokens without an adapter, as the GPU kernels do | vLLM pull request 48421 or its like is in the oldest version supported |
 | `OpenAIServingModels.show_available_models` (one instance) | `/v1/models` would list every merge ever served | filters them out of the list | adapters can be served without being listed |
 | `app.router.middleware_stack` (one instance) | `--middleware` runs before the API-key check | wrapped by our ASGI class, inside vLLM's own middleware | endpoint plugins can add middleware |
 """
@@ -26,6 +27,7 @@ from vllm_lego.worker import StagingArea
 
 def install_worker_patches() -> None:
     """Apply the patches that the workers need. Harmless in other processes and when repeated."""
+    from vllm.platforms import current_platform
     from vllm.v1.worker import lora_model_runner_mixin, worker_base
 
     stock = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
@@ -66,6 +68,32 @@ def install_worker_patches() -> None:
 
     worker_base.WorkerBase.lego_stage = lego_stage
     worker_base.WorkerBase.lego_discard = lego_discard
+    if current_platform.is_cpu():
+        _keep_the_base_model_apart()
+
+
+def _keep_the_base_model_apart() -> None:
+    """Let the CPU's LoRA shrink skip tokens without an adapter, whose slot index is -1.
+
+    What expands the zeros then adds nothing, whatever slot it takes them for.
+    """
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    stock = lora_ops.bgmv_shrink
+
+    def bgmv_shrink(
+        inputs: torch.Tensor,
+        lora_b_weights: torch.Tensor,
+        output_tensor: torch.Tensor,
+        lora_indices_tensor: torch.Tensor,
+        scaling: float = 1.0,
+    ) -> None:
+        stock(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
+        output_tensor.masked_fill_((lora_indices_tensor < 0)[:, None], 0)
+
+    lora_ops.bgmv_shrink = bgmv_shrink  # the prefill's sgmv_shrink looks it up there
+    punica_cpu.bgmv_shrink = bgmv_shrink
 
 
 def _staging(worker: Any) -> StagingArea:

@@ -141,7 +141,6 @@ def test_four_clients_at_once_cause_one_merge(client, metric):
 
 
 def test_a_mixed_batch_answers_as_each_request_alone(client, metric):
-    # Answers the model is sure of: bf16 sums differ with the batch's shape, in any vLLM.
     requests = [
         ("What is the capital of France?", {}),
         (NUMBER, {"model": "numbers"}),
