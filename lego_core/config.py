@@ -11,6 +11,7 @@ from lego_core.errors import ConfigError
 
 MAX_RANK = 512
 MAX_RESTARTS = 64
+_SHOWN = 100
 
 Method = Literal["lego"]
 Norm = Literal["l2", "inf", "off"]
@@ -71,7 +72,8 @@ class MergeConfig:
         for name in fields:
             if name not in known:
                 raise ConfigError(
-                    f"unknown field {name!r}; the fields are {', '.join(sorted(known))}", param=name
+                    f"unknown field {_shown(name)}; the fields are {', '.join(sorted(known))}",
+                    param=name[:_SHOWN],
                 )
         return dataclasses.replace(defaults or cls(), **fields)
 
@@ -83,17 +85,26 @@ class MergeConfig:
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in allowed:
         raise ConfigError(
-            f"{name} is {value!r}; it must be one of {', '.join(allowed)}", param=name
+            f"{name} is {_shown(value)}; it must be one of {', '.join(allowed)}", param=name
         )
 
 
 def _integer(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ConfigError(
-            f"{name} is {value!r}; it must be an integer from {low} to {high}", param=name
+            f"{name} is {_shown(value)}; it must be an integer from {low} to {high}", param=name
         )
 
 
 def _boolean(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise ConfigError(f"{name} is {value!r}; it must be true or false", param=name)
+        raise ConfigError(f"{name} is {_shown(value)}; it must be true or false", param=name)
+
+
+def _shown(value: object) -> str:
+    """Return a value as a message quotes it, not longer than it helps."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        text = f"{type(value).__name__} too long to show"
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"

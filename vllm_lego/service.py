@@ -268,7 +268,7 @@ def _raise_failure(recipe: Recipe, status: dict[str, Any]) -> NoReturn:
     kind, message = status["error"], status["message"]
     if kind in _UNMERGEABLE:
         raise UnmergeableError(message, param="adapters")
-    if kind == "AdapterChangedError":
+    if kind in ("AdapterChangedError", "CollisionError"):
         raise BusyError(message, param="adapters")
     if kind == "ConfigError":
         raise BadRequestError(message, param=f"merge.{status['param']}")

@@ -80,7 +80,7 @@ class StagingArea:
             number = engine_id(recipe.merge_id)
             twin = next((i for i in self._merges if engine_id(i) == number), None)
             if twin is not None:
-                message = f"{recipe.merge_id} and {twin} share vLLM's integer id; drop {twin} first"
+                message = f"{recipe.merge_id} and {twin} share one id in vLLM: one at a time"
                 return {
                     "state": "failed",
                     "error": "CollisionError",

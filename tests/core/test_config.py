@@ -96,3 +96,11 @@ def test_any_json_value_gives_a_config_or_a_config_error(field: str, value: obje
 def test_every_allowed_method_is_in_the_table() -> None:
     for name in METHODS:
         assert MergeConfig.from_mapping({"method": name}).method == name
+
+
+@pytest.mark.parametrize("fields", [{"x" * 10**6: 1}, {"method": "x" * 10**6}, {"seed": 10**9000}])
+def test_messages_do_not_echo_a_megabyte(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        MergeConfig.from_mapping(fields)
+    assert len(str(caught.value)) < 400
+    assert len(caught.value.param or "") <= 100
