@@ -54,19 +54,15 @@ def cluster_units(
     draws = torch.rand(
         (restarts, k), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     ).to(gram.device)
-    chosen, lowest = None, None
+    chosen = torch.zeros(n_modules, k, n_units, dtype=gram.dtype, device=gram.device)
+    lowest = gram.new_full((n_modules,), torch.inf)
     for of_restart in draws:  # one after another: memory does not grow with the restarts
         centres = _seed(ordered, of_restart.expand(n_modules, k), align_sign=align_sign)
         signs = _lloyd(ordered, centres, align_sign=align_sign)
         spread = inertia(ordered, signs)
-        if chosen is None or lowest is None:
-            chosen, lowest = signs, spread
-        else:
-            better = spread < lowest
-            chosen = torch.where(better[:, None, None], signs, chosen)
-            lowest = torch.where(better, spread, lowest)
-    if chosen is None:
-        raise ValueError("restarts must be at least 1")
+        better = spread < lowest
+        chosen = torch.where(better[:, None, None], signs, chosen)
+        lowest = torch.where(better, spread, lowest)
     undo = order.argsort(dim=1)
     return chosen.gather(2, undo[:, None, :].expand_as(chosen))
 

@@ -188,8 +188,9 @@ def _check_base_models(adapters: Sequence[LoraAdapter]) -> None:
         if adapter.base_model != named[0].base_model:
             raise IncompatibleAdaptersError(
                 f"adapter {adapter.name!r} was trained on {adapter.base_model!r}, adapter "
-                f"{named[0].name!r} on {named[0].base_model!r}; only adapters of one base model merge. If these are one, let base_model_name_or_path in "
-                "their adapter_config.json say so"
+                f"{named[0].name!r} on {named[0].base_model!r}; only adapters of one base model "
+                "merge. If these are one, let base_model_name_or_path in their "
+                "adapter_config.json say so"
             )
 
 

@@ -36,11 +36,6 @@ class StackPlan:
     members: tuple[int, ...]
     ranks: tuple[int, ...]
 
-    @property
-    def n_units(self) -> int:
-        """N, the units pooled per module."""
-        return sum(self.ranks)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stack:

@@ -102,11 +102,11 @@ def _staging(worker: Any) -> StagingArea:
 
 
 def _name_mapper(manager: Any) -> Any:
-    """VLLM's map from the checkpoint's module names to its own, without stacking."""
+    """Return vLLM's map from the checkpoint's module names to its own, without stacking."""
     mapper = getattr(manager._adapter_manager.model, "hf_to_vllm_mapper", None)
     if mapper is None:
         return None
-    # get_rename_mapper since 0.31, get_unstacked_mapper before.
+    # 0.32 has get_rename_mapper, 0.26 get_unstacked_mapper.
     rename = getattr(mapper, "get_rename_mapper", None) or mapper.get_unstacked_mapper
     return rename()
 

@@ -22,7 +22,6 @@ class CachedMerge:
     """One merge that can be served.
 
     Attributes:
-        recipe: the `lego://` path that rebuilds it.
         engine_id: vLLM's integer id of it.
         members: weight by adapter name.
         config: the merge configuration's fields.
@@ -31,7 +30,6 @@ class CachedMerge:
         hits: requests served from it since it was merged.
     """
 
-    recipe: str
     engine_id: int
     members: dict[str, float]
     config: dict[str, Any]

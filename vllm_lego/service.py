@@ -224,7 +224,6 @@ class LegoService:
             )
         try:
             self.cache[recipe.merge_id] = CachedMerge(
-                recipe=recipe.encode(),
                 engine_id=number,
                 members={member.name: member.weight for member in recipe.members},
                 config=dict(recipe.config.as_dict()),

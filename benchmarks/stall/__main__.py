@@ -116,7 +116,7 @@ def _measure(client: OpenAI, condition: str, tokens: int) -> Stream:
     }[condition]
     thread = threading.Thread(target=lambda: joined.append(_join(client, wanted or {})))
     arrivals: list[float] = []
-    for chunk in client.completions.create(
+    for _ in client.completions.create(
         model=MODEL_NAME,
         prompt="Once upon a time",
         max_tokens=tokens,
@@ -127,7 +127,6 @@ def _measure(client: OpenAI, condition: str, tokens: int) -> Stream:
         arrivals.append(time.perf_counter())
         if wanted and len(arrivals) == tokens // 4:
             thread.start()
-        del chunk
     if wanted:
         still_merging = thread.is_alive()
         thread.join()

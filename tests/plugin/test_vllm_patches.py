@@ -6,6 +6,7 @@ import pytest
 import torch
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
+from vllm.platforms import current_platform
 from vllm.v1.worker import lora_model_runner_mixin, worker_base
 
 from vllm_lego._vllm import install_worker_patches
@@ -30,6 +31,7 @@ def test_patching_twice_is_patching_once():
     )
 
 
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="the patch is for the CPU platform")
 @pytest.mark.parametrize("prefill", [False, True])
 def test_on_a_cpu_tokens_of_the_base_model_get_no_adapter(prefill):
     """Three tokens: base model, slot 1, base model."""

@@ -99,13 +99,6 @@ class ServerProcess:
         self._progress = progress
         self._process: subprocess.Popen[bytes] | None = None
 
-    @property
-    def pid(self) -> int:
-        """Process id of the API server."""
-        if self._process is None:
-            raise RuntimeError("the server is not running")
-        return self._process.pid
-
     def __enter__(self) -> Self:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(  # noqa: S603  our own interpreter and arguments
