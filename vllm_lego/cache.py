@@ -64,10 +64,6 @@ class MergedAdapterCache(cachetools.LRUCache[str, CachedMerge]):
             if not self._pins[merge_id]:
                 del self._pins[merge_id]
 
-    def is_pinned(self, merge_id: str) -> bool:
-        """Whether a request needs it right now."""
-        return merge_id in self._pins
-
     def snapshot(self) -> dict[str, CachedMerge]:
         """Return what it holds. Looking is not using: `items()` would reorder the LRU."""
         return {merge_id: cachetools.Cache.__getitem__(self, merge_id) for merge_id in self}
@@ -78,18 +74,14 @@ class MergedAdapterCache(cachetools.LRUCache[str, CachedMerge]):
         Raises:
             CacheFullError: it does not fit beside what is pinned; nothing was evicted.
         """
+        # Reading them also makes them the last used: what is evicted below is not in use.
         others = [self[i].nbytes for i in self._pins if i in self and i != merge_id]
         if sum(others) + merge.nbytes > self.maxsize:
             raise CacheFullError
         super().__setitem__(merge_id, merge)
 
     def popitem(self) -> tuple[str, CachedMerge]:
-        """Remove the least recently used merge that is not pinned."""
-        in_use: list[tuple[str, CachedMerge]] = []
-        while self.is_pinned((item := super().popitem())[0]):
-            in_use.append(item)
-        # What is in use is what was used last: storing it again says so.
-        for merge_id, merge in in_use:
-            super().__setitem__(merge_id, merge)
+        """Remove the least recently used merge, and remember it in `evicted`."""
+        item = super().popitem()
         self.evicted.append(item)
         return item

@@ -43,7 +43,6 @@ def test_plan_covers_each_module_once_with_all_its_adapters(adapters: list[LoraA
             touching = [i for i, adapter in enumerate(adapters) if name in adapter.modules]
             assert list(plan.members) == touching
             assert list(plan.ranks) == [adapters[i].modules[name].rank for i in touching]
-            assert plan.n_units == sum(plan.ranks)
 
 
 @given(weighted=strategies.weighted_sets(), balance=st.booleans())

@@ -63,8 +63,8 @@ def test_pins_count():
     with cache.pinned("a"):
         with cache.pinned("a"):
             pass
-        assert cache.is_pinned("a")
-    assert not cache.is_pinned("a")
+        assert cache._pins == {"a": 1}
+    assert not cache._pins
 
 
 def test_what_is_pinned_before_it_exists_is_kept():

@@ -135,7 +135,7 @@ def nothing_left(service: LegoService, vllm: PlayedVllm) -> bool:
     return (
         cached == vllm.merges() == set(vllm.staging._merges) == set(vllm.registered.values())
         and not service._merging
-        and not any(service.cache.is_pinned(identity) for identity in cached)
+        and not service.cache._pins
     )
 
 
