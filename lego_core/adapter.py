@@ -13,17 +13,22 @@ from lego_core.errors import AdapterFormatError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraModule:
-    """The low-rank update of one linear layer: W + scaling * B @ A.
+    """The low-rank update of one linear layer or embedding: W + scaling * B @ A.
+
+    An embedding's weight is stored the other way round, [in_features, out_features] (vocabulary,
+    width), so its update is the transpose of `delta()`.
 
     Attributes:
         lora_a: A, shape [rank, in_features], floating point.
         lora_b: B, shape [out_features, rank], same device as A.
         scaling: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+        is_embedding: whether the layer is an embedding; PEFT names and stores those otherwise.
     """
 
     lora_a: torch.Tensor
     lora_b: torch.Tensor
     scaling: float = 1.0
+    is_embedding: bool = False
 
     @property
     def rank(self) -> int:
@@ -55,12 +60,16 @@ class LoraAdapter:
         modules: by the layer's name in the base model, `model.layers.0.self_attn.q_proj`.
         digest: SHA-256 (hex) of the content it was read from; empty when it was made in memory.
         base_model: the base model that its configuration names, if any.
+        source: the folder or hub repository that it was read from, if any.
+        revision: the repository's commit that it was read at.
     """
 
     name: str
     modules: Mapping[str, LoraModule]
     digest: str = ""
     base_model: str | None = None
+    source: str | None = None
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         if not self.modules:
@@ -97,7 +106,8 @@ def content_digest(adapter: LoraAdapter) -> str:
     """Return a SHA-256 (hex) of the tensors and scalings, for adapters made in memory."""
     sha = hashlib.sha256()
     for name, module in sorted(adapter.modules.items()):
-        sha.update(f"{name} {module.scaling!r}".encode())
+        kind = " embedding" if module.is_embedding else ""
+        sha.update(f"{name} {module.scaling!r}{kind}".encode())
         for half in (module.lora_a, module.lora_b):
             sha.update(f"{half.dtype} {tuple(half.shape)}".encode())
             sha.update(half.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -122,7 +122,6 @@ def test_modules_that_share_a_name_with_ours_get_no_update_in_peft(tmp_path: Pat
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
     ],
 )
 def test_what_peft_saves_of_other_kinds_is_refused(
