@@ -1,8 +1,8 @@
-"""Step 1 and 2 of LoRA-LEGO: cut LoRAs into rank-one units and fix their gauge.
+"""Step 1, 2, 4 and 6 of LoRA-LEGO: cut LoRAs into rank-one units, fix their gauge, put them together.
 
-A unit (the paper's minimal semantic unit) is one row a of A with the matching column b of B.
-Modules of one shape, touched by the same ranks, form a `Stack`, so that each later step is one
-batched operation over all of them.
+A unit (the paper's minimal semantic unit) is one row a of A with the matching column b of B. What a
+method decides is a `Mixing`: how the merged units are made of the members'. That, the fidelity
+and all norms follow from the units' inner products alone.
 
 Source: Zhao et al., "Merging LoRAs like Playing LEGO", ICLR 2025, arXiv 2409.16167, section 3.
 """
@@ -10,95 +10,110 @@ Source: Zhao et al., "Merging LoRAs like Playing LEGO", ICLR 2025, arXiv 2409.16
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from lego_core.adapter import LoraAdapter, LoraModule
+from lego_core.adapter import LoraAdapter
 from lego_core.errors import IncompatibleAdaptersError
+from lego_core.plan import Group
+from lego_core.pool import Factors, Pool
 
 _TINY = torch.finfo(torch.float64).tiny
 
 
-@dataclass(frozen=True, slots=True)
-class StackPlan:
-    """Modules that are merged together, known before any tensor is touched.
-
-    Attributes:
-        names: the M module names.
-        members: indices into the adapters, for those that touch these modules.
-        ranks: rank of each member, in the order of `members`.
-    """
-
-    names: tuple[str, ...]
-    members: tuple[int, ...]
-    ranks: tuple[int, ...]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
-class Stack:
-    """The pooled units of M modules. Unit i of module m is
+class Units:
+    """The units of M modules. Unit i of module m is
 
-        a_i = coef_a[m, i] * a[m, i],    b_i = coef_b[m, i] * b[m, i]
+        a_i = coef_a[m, i] * (row i of the pooled A),  b_i = coef_b[m, i] * (column i of the pooled B)
 
     so that sum_i b_i a_i^T is exactly the weighted sum of the adapters: the coefficients hold
     scaling, weight and gauge, and the weights themselves are never rewritten.
 
     Attributes:
-        a: shape [M, N, in_features], float32 or wider.
-        b: shape [M, N, out_features], same dtype.
+        pool: where the weights are.
         coef_a, coef_b: shape [M, N], float64.
         gram_a, gram_b: inner products of the units' halves with the coefficients applied,
             shape [M, N, N], float64. Their sum is the Gram matrix of the vectors [a; b]; their
             entrywise product that of the matrices b a^T.
+        peaks: the largest absolute entry of each vector [a; b], shape [M, N], if asked for.
     """
 
-    a: torch.Tensor
-    b: torch.Tensor
+    pool: Pool
     coef_a: torch.Tensor
     coef_b: torch.Tensor
     gram_a: torch.Tensor
     gram_b: torch.Tensor
+    peaks: torch.Tensor | None = None
+
+    @property
+    def group(self) -> Group:
+        """The modules, and whose units these are."""
+        return self.pool.group
+
+    def assemble(self, mixing: Mixing, dtype: torch.dtype) -> Factors:
+        """Make the merged units: the second pass over the weights."""
+        coef_a, coef_b = self.coef_a[:, None, :], self.coef_b[:, None, :]
+        return self.pool.mix(mixing.a * coef_a, mixing.b * coef_b, dtype)
 
 
-def plan_stacks(adapters: Sequence[LoraAdapter]) -> list[StackPlan]:
-    """Group the union of the adapters' modules by shape and by who touches them.
+@dataclass(frozen=True, slots=True, eq=False)
+class Mixing:
+    """Merged units as sums of the members': a'_c = sum_i a[m, c, i] a_i, and b'_c likewise.
 
-    Raises:
-        IncompatibleAdaptersError: two adapters give one module different shapes.
+    Attributes:
+        a, b: shape [M, k, N], float64.
+        sizes: units per cluster, shape [M, k], for methods that cluster.
     """
-    groups: dict[tuple[object, ...], list[str]] = defaultdict(list)
-    for name in sorted({name for adapter in adapters for name in adapter.modules}):
-        members = tuple(i for i, adapter in enumerate(adapters) if name in adapter.modules)
-        ranks = tuple(adapters[i].modules[name].rank for i in members)
-        first = adapters[members[0]]
-        shape = _shape(first.modules[name])
-        for i in members[1:]:
-            other = _shape(adapters[i].modules[name])
-            if other != shape:
-                raise IncompatibleAdaptersError(
-                    f"module {name!r}: adapter {adapters[i].name!r} updates a layer of {other[0]} inputs "
-                    f"and {other[1]} outputs, adapter {first.name!r} one of {shape[0]} and {shape[1]}; "
-                    "they were trained on different base models and cannot be merged"
-                )
-        groups[(members, ranks, shape)].append(name)
-    return [
-        StackPlan(tuple(names), members, ranks)  # type: ignore[arg-type]
-        for (members, ranks, _shape_), names in groups.items()
-    ]
+
+    a: torch.Tensor
+    b: torch.Tensor
+    sizes: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """What the fidelity of a merge is made of, each of shape [M], float64.
+
+    Attributes:
+        overlap: <merge, sum>, in the Frobenius inner product.
+        merged_square: |merge|^2.
+        sum_square: |exact weighted sum|^2.
+        largest: an upper bound of all absolute entries of the merged factors.
+    """
+
+    overlap: torch.Tensor
+    merged_square: torch.Tensor
+    sum_square: torch.Tensor
+    largest: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Merged:
+    """The merge of one group.
+
+    Attributes:
+        factors: k units per module.
+        moments: what is known of them.
+        sizes: units per cluster, shape [M, k], for methods that cluster.
+    """
+
+    factors: Factors
+    moments: Moments
+    sizes: torch.Tensor | None = None
 
 
 def disassemble(
+    pool: Pool,
     adapters: Sequence[LoraAdapter],
     weights: Sequence[float],
-    plan: StackPlan,
     *,
     balance: bool,
-    device: torch.device,
-) -> Stack:
-    """Pool the units of `plan`'s modules, scaled, weighted and in the chosen gauge.
+    peaks: bool = False,
+) -> Units:
+    """Cut the pooled adapters into units, scaled, weighted and in the chosen gauge.
 
     Scaling and weight go to both halves, a by sqrt(|s w|), b by sign(w) sqrt(|s w|). With
     `balance` each unit is rescaled to |a| = |b|; a unit with a zero half is the zero function
@@ -106,68 +121,91 @@ def disassemble(
     above 1e19 count as zero or overflow in float32.
 
     Args:
-        adapters: as given to `plan_stacks`.
+        pool: the weights.
+        adapters: as given to `plan_merge`.
         weights: one per adapter, finite, of any sign.
-        plan: which modules.
         balance: the gauge.
-        device: where to pool and compute.
-
-    Returns:
-        The units, member after member, in the order of each member's ranks.
+        peaks: whether to find the largest entries too.
 
     Raises:
         IncompatibleAdaptersError: scaling times weight overflows.
     """
-    modules = [[adapters[i].modules[name] for i in plan.members] for name in plan.names]
-    dtype = torch.float32
-    for module in (module for row in modules for module in row):
-        dtype = torch.promote_types(dtype, module.lora_a.dtype)
-        dtype = torch.promote_types(dtype, module.lora_b.dtype)
-
-    def pool(halves: list[list[torch.Tensor]]) -> torch.Tensor:
-        rows = [torch.cat([half.to(device, dtype) for half in row]) for row in halves]
-        return torch.stack(rows)
-
-    a = pool([[module.lora_a for module in row] for row in modules])
-    b = pool([[module.lora_b.T for module in row] for row in modules])
-    gains = [[_gain(adapters[i], name, weights[i]) for i in plan.members] for name in plan.names]
-    gain = torch.tensor(gains, dtype=torch.float64, device=device)
-    gain = gain.repeat_interleave(torch.tensor(plan.ranks, device=device), dim=1)
+    gain = _gains(pool, adapters, weights)
     coef_a = gain.abs().sqrt()
     coef_b = coef_a * gain.sign()
-
-    raw_a = (a @ a.mT).double()
-    raw_b = (b @ b.mT).double()
+    grams = pool.grams(peaks=peaks)
     if balance:
-        norm_a = coef_a * _diagonal(raw_a).sqrt()
-        norm_b = coef_b.abs() * _diagonal(raw_b).sqrt()
+        norm_a = coef_a * _diagonal(grams.a).sqrt()
+        norm_b = coef_a * _diagonal(grams.b).sqrt()
         alive = (norm_a > 0) & (norm_b > 0)
         stretch = torch.where(alive, (norm_b / norm_a.clamp_min(_TINY)).sqrt(), 0.0)
         coef_a = coef_a * stretch
         coef_b = torch.where(alive, coef_b / stretch.clamp_min(_TINY), 0.0)
-
-    return Stack(
-        a=a,
-        b=b,
+    largest = None
+    if grams.peak_a is not None and grams.peak_b is not None:
+        largest = torch.maximum(coef_a * grams.peak_a, coef_b.abs() * grams.peak_b)
+    return Units(
+        pool=pool,
         coef_a=coef_a,
         coef_b=coef_b,
-        gram_a=coef_a[:, :, None] * raw_a * coef_a[:, None, :],
-        gram_b=coef_b[:, :, None] * raw_b * coef_b[:, None, :],
+        gram_a=coef_a[:, :, None] * grams.a * coef_a[:, None, :],
+        gram_b=coef_b[:, :, None] * grams.b * coef_b[:, None, :],
+        peaks=largest,
     )
 
 
-def _gain(adapter: LoraAdapter, module: str, weight: float) -> float:
-    gain = adapter.modules[module].scaling * weight
-    if not math.isfinite(gain):
-        raise IncompatibleAdaptersError(
-            f"adapter {adapter.name!r}, module {module!r}: scaling "
-            f"{adapter.modules[module].scaling:g} times weight {weight:g} overflows"
-        )
-    return gain
+def assembled(units: Units, mixing: Mixing, dtype: torch.dtype) -> Merged:
+    """Make the merged units, and account for them."""
+    return Merged(units.assemble(mixing, dtype), moments(units, mixing), mixing.sizes)
 
 
-def _shape(module: LoraModule) -> tuple[int, int]:
-    return module.in_features, module.out_features
+def moments(units: Units, mixing: Mixing) -> Moments:
+    """Return what is known of a merge without its factors."""
+    cross_a, cross_b = mixing.a @ units.gram_a, mixing.b @ units.gram_b
+    product_a, product_b = cross_a @ mixing.a.mT, cross_b @ mixing.b.mT
+    squares = torch.maximum(_diagonal(product_a), _diagonal(product_b))
+    return Moments(
+        overlap=(cross_a * cross_b).sum(dim=(1, 2)),
+        merged_square=(product_a * product_b).sum(dim=(1, 2)),
+        sum_square=sum_square(units),
+        largest=squares.amax(dim=1).sqrt(),
+    )
+
+
+def sum_square(units: Units) -> torch.Tensor:
+    """Return |exact weighted sum|^2, shape [M]."""
+    square = (units.gram_a * units.gram_b).sum(dim=(1, 2))
+    # A sum whose members cancel is zero up to the rounding of the inner products.
+    norms = (_diagonal(units.gram_a).clamp_min(0) * _diagonal(units.gram_b).clamp_min(0)).sqrt()
+    rounding = torch.finfo(units.pool.dtype).eps ** 2 * norms.sum(dim=1).square()
+    return square.where(~(square <= rounding), 0)
+
+
+def _gains(pool: Pool, adapters: Sequence[LoraAdapter], weights: Sequence[float]) -> torch.Tensor:
+    """Return scaling times weight of each unit, shape [M, N]."""
+    group = pool.group
+    rows = [
+        [adapters[i].modules[name].scaling * weights[i] for i in group.members]
+        for name in group.names
+    ]
+    if not math.isfinite(sum(map(sum, rows))):
+        _refuse_overflow(group, adapters, weights)
+    gain = torch.tensor(rows, dtype=torch.float64).to(pool.device, non_blocking=True)
+    ranks = torch.tensor(group.ranks).to(pool.device, non_blocking=True)
+    return gain.repeat_interleave(ranks, dim=1, output_size=group.n_units)
+
+
+def _refuse_overflow(
+    group: Group, adapters: Sequence[LoraAdapter], weights: Sequence[float]
+) -> None:
+    for i in group.members:
+        for name in group.names:
+            scaling = adapters[i].modules[name].scaling
+            if not math.isfinite(scaling * weights[i]):
+                raise IncompatibleAdaptersError(
+                    f"adapter {adapters[i].name!r}, module {name!r}: scaling {scaling:g} times "
+                    f"weight {weights[i]:g} overflows"
+                )
 
 
 def _diagonal(gram: torch.Tensor) -> torch.Tensor:
