@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -113,7 +114,7 @@ def _download_weights(repository: str, commit: str, folder: Path, name: str) -> 
 def _has_pickle(repository: str, commit: str) -> bool:
     """Ask the hub, for the message's sake only."""
     try:
-        return huggingface_hub.file_exists(repository, PICKLE_FILE, revision=commit)
+        return huggingface_hub.HfApi().file_exists(repository, PICKLE_FILE, revision=commit)
     except Exception:  # noqa: BLE001  # whatever it is, the weights are missing
         return False
 
@@ -143,6 +144,8 @@ def _download(repository: str, file: str, revision: str | None, name: str) -> Pa
         raise AdapterNotFoundError(
             f"adapter {name!r}: {at} has no {file}; it is no PEFT adapter"
         ) from error
+    except HfHubHTTPError as error:
+        raise _unreached(error, file, at, name) from error
     # The HTTP library that huggingface_hub raises errors of has changed more than once.
     except Exception as error:
         reason = str(error).partition("\n")[0][:300]
@@ -154,12 +157,12 @@ def _download(repository: str, file: str, revision: str | None, name: str) -> Pa
 
 def _unreached(error: Exception, file: str, at: str, name: str) -> LegoError:
     """Say why a file that is not in the cache could not be asked for."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         return AdapterNotFoundError(
             f"adapter {name!r}: {file} of {at} is not in the cache, and HF_HUB_OFFLINE is set; "
             "unset it, or download the adapter first"
         )
-    cause = error.__cause__
+    cause = error if isinstance(error, HfHubHTTPError) else error.__cause__
     status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
     if status in {401, 403}:
         return AdapterNotFoundError(
