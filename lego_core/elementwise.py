@@ -14,7 +14,7 @@ import torch
 
 from lego_core.config import MergeConfig
 from lego_core.pool import Factors, TorchPool
-from lego_core.units import Merged, Moments, Units, sum_square
+from lego_core.units import Merged, Moments, Units, refuse_overflow, sum_square
 
 _OVERSAMPLING = 16
 _POWER_STEPS = 6
@@ -75,10 +75,11 @@ def knots(units: Units, config: MergeConfig, dtype: torch.dtype) -> Merged:
         basis, triangle = torch.linalg.qr(b)  # b = basis @ triangle
         wide = torch.cat([triangle[:, of] @ a[of] for of in units.group.columns], dim=1)
         left, values, right = torch.linalg.svd(wide, full_matrices=False)
-        alive = values > torch.finfo(values.dtype).eps * len(values) * values.amax()
-        members = (right * alive[:, None]).unflatten(1, (len(units.group.columns), -1))
+        rounding = 16 * torch.finfo(values.dtype).eps * len(values) * values[0]
+        alive = max(1, int((values > rounding).sum()))
+        members = right[:alive].unflatten(1, (len(units.group.columns), -1))
         merged = ties_mean(members.transpose(0, 1), config.density)
-        return _leading(basis @ (left * values), merged, config.rank)
+        return _leading(basis @ (left * values)[:, :alive], merged, config.rank)
 
     return _module_by_module(units, config.rank, dtype, merge)
 
@@ -100,11 +101,15 @@ def _module_by_module(units: Units, rank: int, dtype: torch.dtype, merge: Module
         all_a, all_b = raw_a * coef_a[:, :, None], raw_b * coef_b[:, None, :]
         out_a, out_b = (half[in_block] for half in factors.blocks[block])
         for m, (a, b) in enumerate(zip(all_a, all_b, strict=True)):
-            merged_a, merged_b = merge(units.group.names[where.start + m], a, b)
+            name = units.group.names[where.start + m]
+            try:
+                merged_a, merged_b = merge(name, a, b)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined] # numbers are not finite
+                refuse_overflow(name)
             out_a[m, : len(merged_a)] = merged_a
             out_b[m, :, : len(merged_a)] = merged_b
             accounts.append(_account(a, b, merged_a, merged_b))
-    overlap, merged_square, largest = torch.stack(accounts).double().unbind(1)
+    overlap, merged_square, largest = torch.stack(accounts).unbind(1)
     return Merged(factors, Moments(overlap, merged_square, sum_square(units), largest))
 
 
@@ -112,8 +117,8 @@ def _account(
     a: torch.Tensor, b: torch.Tensor, merged_a: torch.Tensor, merged_b: torch.Tensor
 ) -> torch.Tensor:
     """Return <merge, sum>, |merge|^2 and the merge's largest entry."""
-    overlap = ((merged_a @ a.T) * (merged_b.T @ b)).sum()
-    square = ((merged_a @ merged_a.T) * (merged_b.T @ merged_b)).sum()
+    overlap = ((merged_a @ a.T).double() * (merged_b.T @ b).double()).sum()
+    square = ((merged_a @ merged_a.T).double() * (merged_b.T @ merged_b).double()).sum()
     return torch.stack([overlap, square, torch.maximum(merged_a.abs().max(), merged_b.abs().max())])
 
 
@@ -141,7 +146,9 @@ def _cut(
     width = min(rank + _OVERSAMPLING, *delta.shape)
     generator = torch.Generator(a.device).manual_seed(zlib.crc32(name.encode()))
     extra = torch.randn(delta.shape[1], width, generator=generator, dtype=a.dtype, device=a.device)
-    start = torch.cat([a.T, extra], dim=1)
+    # Of size 1, so that the product neither overflows nor vanishes.
+    directions = a / a.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
+    start = torch.cat([directions.T, extra], dim=1)
     columns = torch.linalg.qr(delta @ start).Q
     for _ in range(_POWER_STEPS):
         rows = torch.linalg.qr(delta.T @ columns).Q

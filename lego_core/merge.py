@@ -243,8 +243,10 @@ def _account(group: Group, outcome: Merged, dtype: torch.dtype) -> list[list[flo
         [moments.overlap, moments.merged_square, moments.sum_square, moments.largest]
     )
     account: list[list[float]] = table.T.tolist()
-    # The bound is cheap and nearly always enough; only then are the factors read.
-    if not all(row[3] <= torch.finfo(dtype).max for row in account):
+    # The bound is cheap and nearly always enough; only then are the factors read. They were summed
+    # in float32, perhaps.
+    limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    if not all(row[3] <= limit and math.isfinite(row[2]) for row in account):
         finite = torch.cat(
             [
                 a.isfinite().all(dim=2).all(dim=1) & b.isfinite().all(dim=2).all(dim=1)
@@ -283,4 +285,4 @@ def _report(
 def _cosine(dot: float, square: float, other_square: float) -> float:
     if square <= 0 or other_square <= 0:
         return 1.0 if square <= 0 and other_square <= 0 else 0.0
-    return max(-1.0, min(1.0, dot / math.sqrt(square * other_square)))
+    return max(-1.0, min(1.0, dot / math.sqrt(square) / math.sqrt(other_square)))

@@ -13,7 +13,7 @@ import torch
 
 from lego_core.config import MergeConfig
 from lego_core.elementwise import ties_mean
-from lego_core.units import Merged, Mixing, Units, assembled
+from lego_core.units import Merged, Mixing, Units, assembled, refuse_overflow, sum_square
 
 _CUT = 1e-13
 """Eigenvalues of a float64 Gram matrix below this share of the largest are rounding."""
@@ -25,11 +25,13 @@ class Basis:
 
     Attributes:
         expand: shape [M, N, N]; unit i is sum_j expand[m, i, j] e_j.
-        make: shape [M, N, N]; e_j is sum_i make[m, j, i] of unit i. Rows of zeros fill up.
+        make: shape [M, N, N]; e_j is sum_i make[m, j, i] of unit i.
+        sizes: vectors of each basis, shape [M]: the last ones, those before them are zeros.
     """
 
     expand: torch.Tensor
     make: torch.Tensor
+    sizes: torch.Tensor
 
 
 def basis(gram: torch.Tensor) -> Basis:
@@ -38,7 +40,7 @@ def basis(gram: torch.Tensor) -> Basis:
     alive = values > _CUT * values[:, -1:]
     roots = values.clamp_min(0).sqrt() * alive
     inverse = torch.where(alive, 1 / roots.clamp_min(torch.finfo(gram.dtype).tiny), 0.0)
-    return Basis(vectors * roots[:, None, :], inverse[:, :, None] * vectors.mT)
+    return Basis(vectors * roots[:, None, :], inverse[:, :, None] * vectors.mT, alive.sum(dim=1))
 
 
 def truncated(core: torch.Tensor, in_a: Basis, in_b: Basis, rank: int) -> Mixing:
@@ -61,7 +63,7 @@ def truncated(core: torch.Tensor, in_a: Basis, in_b: Basis, rank: int) -> Mixing
 
 def svd(units: Units, config: MergeConfig, dtype: torch.dtype) -> Merged:
     """Keep the k leading singular triples of the weighted sum."""
-    in_a, in_b = basis(units.gram_a), basis(units.gram_b)
+    in_a, in_b = _bases(units)
     core = in_b.expand.mT @ in_a.expand
     return assembled(units, truncated(core, in_a, in_b, config.rank), dtype)
 
@@ -71,9 +73,22 @@ def core_space(units: Units, config: MergeConfig, dtype: torch.dtype) -> Merged:
 
     The paper merges cores by several known rules; with the plain sum the result is `svd`.
     """
-    in_a, in_b = basis(units.gram_a), basis(units.gram_b)
+    in_a, in_b = _bases(units)
     cores = torch.stack(
         [in_b.expand[:, of].mT @ in_a.expand[:, of] for of in units.group.columns], dim=1
     )
-    merged = torch.stack([ties_mean(of_module, config.density) for of_module in cores])
+    merged = torch.zeros_like(cores[:, 0])
+    sizes = torch.stack([in_b.sizes, in_a.sizes], dim=1).tolist()
+    for of_module, out, (rows, columns) in zip(cores, merged, sizes, strict=True):
+        if rows and columns:
+            alive = of_module[:, -rows:, -columns:]
+            out[-rows:, -columns:] = ties_mean(alive, config.density)
     return assembled(units, truncated(merged, in_a, in_b, config.rank), dtype)
+
+
+def _bases(units: Units) -> tuple[Basis, Basis]:
+    """Return bases of the halves a and b, once it is known that they can be computed."""
+    finite = sum_square(units).isfinite()
+    if not finite.all():
+        refuse_overflow(units.group.names[int(finite.int().argmin())])
+    return basis(units.gram_a), basis(units.gram_b)

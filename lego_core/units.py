@@ -9,9 +9,9 @@ Source: Zhao et al., "Merging LoRAs like Playing LEGO", ICLR 2025, arXiv 2409.16
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 
@@ -21,6 +21,8 @@ from lego_core.plan import Group
 from lego_core.pool import Factors, Pool
 
 _TINY = torch.finfo(torch.float64).tiny
+_MAX_GAIN = torch.finfo(torch.float32).max
+"""Scaling times weight beyond this is a mistake, and sums may be formed in float32."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,6 +183,14 @@ def sum_square(units: Units) -> torch.Tensor:
     return square.where(~(square <= rounding), 0)
 
 
+def refuse_overflow(name: str) -> NoReturn:
+    """Say which module's numbers are too large to compute with."""
+    raise IncompatibleAdaptersError(
+        f"module {name!r}: scaling, weight and the adapters' numbers overflow; give the members "
+        "smaller weights"
+    )
+
+
 def _gains(pool: Pool, adapters: Sequence[LoraAdapter], weights: Sequence[float]) -> torch.Tensor:
     """Return scaling times weight of each unit, shape [M, N]."""
     group = pool.group
@@ -188,20 +198,19 @@ def _gains(pool: Pool, adapters: Sequence[LoraAdapter], weights: Sequence[float]
         [adapters[i].modules[name].scaling * weights[i] for i in group.members]
         for name in group.names
     ]
-    if not math.isfinite(sum(map(sum, rows))):
-        _refuse_overflow(group, adapters, weights)
-    gain = torch.tensor(rows, dtype=torch.float64).to(pool.device, non_blocking=True)
+    gain = torch.tensor(rows, dtype=torch.float64)
+    if not gain.abs().amax() <= _MAX_GAIN:
+        _refuse_gain(group, adapters, weights)
+    gain = gain.to(pool.device, non_blocking=True)
     ranks = torch.tensor(group.ranks).to(pool.device, non_blocking=True)
     return gain.repeat_interleave(ranks, dim=1, output_size=group.n_units)
 
 
-def _refuse_overflow(
-    group: Group, adapters: Sequence[LoraAdapter], weights: Sequence[float]
-) -> None:
+def _refuse_gain(group: Group, adapters: Sequence[LoraAdapter], weights: Sequence[float]) -> None:
     for i in group.members:
         for name in group.names:
             scaling = adapters[i].modules[name].scaling
-            if not math.isfinite(scaling * weights[i]):
+            if not abs(scaling * weights[i]) <= _MAX_GAIN:
                 raise IncompatibleAdaptersError(
                     f"adapter {adapters[i].name!r}, module {name!r}: scaling {scaling:g} times "
                     f"weight {weights[i]:g} overflows"
