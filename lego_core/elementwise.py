@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 
 from lego_core.config import MergeConfig
-from lego_core.pool import Factors, TorchPool
-from lego_core.units import Merged, Moments, Units, refuse_overflow, sum_square
+from lego_core.pool import Factors, TorchPool, Units
+from lego_core.units import Merged, Moments, refuse_overflow, sum_square
 
 _OVERSAMPLING = 16
 _POWER_STEPS = 6
@@ -109,17 +109,17 @@ def _module_by_module(units: Units, rank: int, dtype: torch.dtype, merge: Module
             out_a[m, : len(merged_a)] = merged_a
             out_b[m, :, : len(merged_a)] = merged_b
             accounts.append(_account(a, b, merged_a, merged_b))
-    overlap, merged_square, largest = torch.stack(accounts).unbind(1)
-    return Merged(factors, Moments(overlap, merged_square, sum_square(units), largest))
+    overlap, merged_square = torch.stack(accounts).unbind(1)
+    return Merged(factors, lambda: Moments(overlap, merged_square, sum_square(units)))
 
 
 def _account(
     a: torch.Tensor, b: torch.Tensor, merged_a: torch.Tensor, merged_b: torch.Tensor
 ) -> torch.Tensor:
-    """Return <merge, sum>, |merge|^2 and the merge's largest entry."""
+    """Return <merge, sum> and |merge|^2."""
     overlap = ((merged_a @ a.T).double() * (merged_b.T @ b).double()).sum()
     square = ((merged_a @ merged_a.T).double() * (merged_b.T @ merged_b).double()).sum()
-    return torch.stack([overlap, square, torch.maximum(merged_a.abs().max(), merged_b.abs().max())])
+    return torch.stack([overlap, square])
 
 
 def _largest(delta: torch.Tensor, density: float) -> torch.Tensor:

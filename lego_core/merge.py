@@ -19,7 +19,7 @@ from lego_core.methods import METHODS
 from lego_core.plan import Group, plan_merge
 from lego_core.pool import open_pool
 from lego_core.threads import one_thread
-from lego_core.units import Merged, disassemble
+from lego_core.units import Merged, disassemble, refuse_overflow
 
 _HUB_NAME = re.compile(r"(?![.-])[\w.-]+/(?![.-])[\w.-]+")
 
@@ -122,7 +122,8 @@ def merge_adapters(
     sources = [adapter for adapter, _ in members]
     gains = [weight for _, weight in members]
     _check_base_models(sources)
-    target = torch.device(device) if device is not None else _device_of(sources[0])
+    # With its index, as the device of a tensor has one.
+    target = torch.empty(0, device=device or _device_of(sources[0])).device
     if dtype is None:
         dtype = sources[0].dtype
         for source in sources[1:]:
@@ -149,11 +150,12 @@ def merge_adapters(
         modules=_modules(outcomes),
         base_model=next((s.base_model for s in sources if s.base_model), None),
     )
-    accounts = [_account(group, outcome, dtype) for group, outcome in outcomes]
+    for group, outcome in outcomes:
+        _check_finite(group, outcome)
     if not report:
         return merged
     seconds = clock.seconds() | {"total": time.perf_counter() - started}
-    return merged, _report(outcomes, accounts, config.rank, seconds)
+    return merged, _report(outcomes, config.rank, seconds)
 
 
 def _modules(outcomes: Sequence[tuple[Group, Merged]]) -> dict[str, LoraModule]:
@@ -232,33 +234,22 @@ def _is_finite(weight: object) -> bool:
         return False
 
 
-def _account(group: Group, outcome: Merged, dtype: torch.dtype) -> list[list[float]]:
-    """Return overlap, square of the merge and square of the sum by module. Waits for the device.
+def _check_finite(group: Group, outcome: Merged) -> None:
+    """Wait for a merge, and see that it fits its dtype.
 
     Raises:
-        IncompatibleAdaptersError: the merge does not fit its dtype.
+        IncompatibleAdaptersError: it does not.
     """
-    moments = outcome.moments
-    table = torch.stack(
-        [moments.overlap, moments.merged_square, moments.sum_square, moments.largest]
-    )
-    account: list[list[float]] = table.T.tolist()
-    # The bound is cheap and nearly always enough; only then are the factors read. They were summed
-    # in float32, perhaps.
-    limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
-    if not all(row[3] <= limit and math.isfinite(row[2]) for row in account):
-        finite = torch.cat(
-            [
-                a.isfinite().all(dim=2).all(dim=1) & b.isfinite().all(dim=2).all(dim=1)
-                for a, b in outcome.factors.blocks
-            ]
-        ).tolist()
-        for name, is_finite, row in zip(group.names, finite, account, strict=True):
-            if not is_finite or not math.isfinite(row[2]):
+    if outcome.factors.is_finite():
+        return
+    names = iter(group.names)
+    for a, b in outcome.factors.blocks:
+        for lora_a, lora_b, name in zip(a, b, names, strict=False):
+            if not (lora_a.isfinite().all() and lora_b.isfinite().all()):
                 raise IncompatibleAdaptersError(
-                    f"module {name!r}: the merge overflows {dtype}; give its members smaller weights"
+                    f"module {name!r}: the merge overflows {lora_a.dtype}; give its members smaller "
+                    "weights"
                 )
-    return account
 
 
 def _device_of(adapter: LoraAdapter) -> torch.device:
@@ -266,20 +257,21 @@ def _device_of(adapter: LoraAdapter) -> torch.device:
 
 
 def _report(
-    outcomes: Sequence[tuple[Group, Merged]],
-    accounts: Sequence[list[list[float]]],
-    rank: int,
-    seconds: Mapping[str, float],
+    outcomes: Sequence[tuple[Group, Merged]], rank: int, seconds: Mapping[str, float]
 ) -> MergeReport:
     modules: dict[str, ModuleReport] = {}
-    for (group, outcome), account in zip(outcomes, accounts, strict=True):
+    sums = [0.0, 0.0, 0.0]
+    for group, outcome in outcomes:
         sizes = [[]] * len(group.names) if outcome.sizes is None else outcome.sizes.long().tolist()
-        for name, of_module, row in zip(group.names, sizes, account, strict=True):
+        moments = outcome.moments()
+        rows = torch.stack([moments.overlap, moments.merged_square, moments.sum_square]).T.tolist()
+        for name, of_module, row in zip(group.names, sizes, rows, strict=True):
+            if not math.isfinite(row[2]):
+                refuse_overflow(name)
             filled = tuple(sorted((size for size in of_module if size), reverse=True))
-            modules[name] = ModuleReport(rank, filled, _cosine(*row[:3]))
-    rows = [row for account in accounts for row in account]
-    overlap, merged_square, sum_square, _ = map(sum, zip(*rows, strict=True))
-    return MergeReport(modules, _cosine(overlap, merged_square, sum_square), seconds)
+            modules[name] = ModuleReport(rank, filled, _cosine(*row))
+            sums = [total + value for total, value in zip(sums, row, strict=True)]
+    return MergeReport(modules, _cosine(*sums), seconds)
 
 
 def _cosine(dot: float, square: float, other_square: float) -> float:

@@ -28,9 +28,10 @@ from lego_core.cluster import cluster_units
 from lego_core.config import MergeConfig
 from lego_core.elementwise import dare_ties, knots, ties
 from lego_core.errors import ConfigError, IncompatibleAdaptersError
-from lego_core.reassemble import centroids, rescaled_to_peaks
+from lego_core.pool import Units, fits_kernels
+from lego_core.reassemble import centroids, fused_centroids, rescaled_to_peaks
 from lego_core.spectral import core_space, svd
-from lego_core.units import Merged, Mixing, Units, assembled
+from lego_core.units import Merged, Mixing, assembled
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,8 @@ class Method:
 
 def lego(units: Units, config: MergeConfig, dtype: torch.dtype) -> Merged:
     """Cluster the units in parameter space and keep one centroid per cluster."""
+    if config.parameter_reweighting != "inf" and fits_kernels(units.pool, config.rank):
+        return assembled(units, fused_centroids(units, config), dtype)
     signs = cluster_units(
         units.gram_a + units.gram_b,
         config.rank,

@@ -11,16 +11,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
-from lego_core.adapter import LoraAdapter
+from lego_core.adapter import Layout, LoraAdapter
 from lego_core.errors import IncompatibleAdaptersError
 
 _REMEMBERED_PLANS = 64
-
-Shape = tuple[int, int, bool]
-"""in_features, out_features, whether it is an embedding."""
-Layout = tuple[tuple[str, int, Shape], ...]
-"""Name, rank and shape of each of an adapter's modules."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +37,13 @@ class Group:
         members: indices into the adapters.
         ranks: rank of each member, in the order of `members`.
         blocks: the modules, M in all.
+        places: where the modules are in each member's layout, shape [members][M].
     """
 
     members: tuple[int, ...]
     ranks: tuple[int, ...]
     blocks: tuple[Block, ...]
+    places: tuple[tuple[int, ...], ...]
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -76,7 +74,7 @@ def plan_merge(adapters: Sequence[LoraAdapter]) -> tuple[Group, ...]:
         IncompatibleAdaptersError: two adapters give one module different shapes.
     """
     try:
-        return _plan(tuple(_layout(adapter) for adapter in adapters))
+        return _plan(tuple(adapter.layout for adapter in adapters))
     except _ShapesDifferError as differ:
         name, first, other = differ.args
         one, two = (adapters[i].modules[name] for i in (first, other))
@@ -93,43 +91,28 @@ def plan_merge(adapters: Sequence[LoraAdapter]) -> tuple[Group, ...]:
         ) from None
 
 
-def _layout(adapter: LoraAdapter) -> Layout:
-    return tuple(
-        (name, *_rank_and_shape(module.lora_a.shape, module.lora_b.shape, module.is_embedding))
-        for name, module in adapter.modules.items()
-    )
-
-
-def _rank_and_shape(
-    a: Sequence[int],
-    b: Sequence[int],
-    is_embedding: bool,  # noqa: FBT001
-) -> tuple[int, Shape]:
-    return a[0], (a[1], b[0], is_embedding)
-
-
 class _ShapesDifferError(Exception):
     """Module name and the indices of two adapters."""
 
 
 @lru_cache(_REMEMBERED_PLANS)  # a server merges adapters of few layouts, again and again
 def _plan(layouts: tuple[Layout, ...]) -> tuple[Group, ...]:
-    touched: dict[str, list[tuple[int, int, Shape]]] = defaultdict(list)
+    touched: dict[str, list[tuple[int, int, tuple[int, int, bool]]]] = defaultdict(list)
     for i, layout in enumerate(layouts):
-        for name, rank, shape in layout:
-            touched[name].append((i, rank, shape))
-    grouped: dict[tuple[tuple[int, ...], tuple[int, ...]], dict[Shape, list[str]]] = {}
+        for name, rank, *shape in layout.modules:
+            touched[name].append((i, rank, tuple(shape)))  # type: ignore[arg-type]
+    grouped: dict[tuple[Any, Any], dict[tuple[int, int, bool], list[str]]] = {}
     for name in sorted(touched):
         members, ranks, shapes = zip(*touched[name], strict=True)
         for i, shape in zip(members, shapes, strict=True):
             if shape != shapes[0]:
                 raise _ShapesDifferError(name, members[0], i)
         grouped.setdefault((members, ranks), {}).setdefault(shapes[0], []).append(name)
-    return tuple(
-        Group(
-            members,
-            ranks,
-            tuple(Block(tuple(names), *shape) for shape, names in by_shape.items()),
-        )
-        for (members, ranks), by_shape in grouped.items()
-    )
+    places = [{entry[0]: at for at, entry in enumerate(layout.modules)} for layout in layouts]
+    groups = []
+    for (members, ranks), by_shape in grouped.items():
+        blocks = tuple(Block(tuple(names), *shape) for shape, names in by_shape.items())
+        names = [name for block in blocks for name in block.names]
+        where = tuple(tuple(places[i][name] for name in names) for i in members)
+        groups.append(Group(members, ranks, blocks, where))
+    return tuple(groups)

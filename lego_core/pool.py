@@ -1,39 +1,60 @@
 """The pooled units of a group of modules, and the only two passes over the weights.
 
-A merge needs the weights twice: once for the inner products of the units (`grams`), once to mix
+A merge needs the weights twice: once for the inner products of the units (`disassemble`), once to mix
 them into the result (`mix`). Everything between works on matrices of N rows, N the number of
 units of a module. Here are both passes in PyTorch; `kernels.py` has them fused for CUDA.
+
+Source: Zhao et al., "Merging LoRAs like Playing LEGO", ICLR 2025, arXiv 2409.16167, section 3.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, Protocol
 
 import torch
 
-from lego_core.adapter import LoraAdapter, LoraModule
+from lego_core.adapter import LoraAdapter
 from lego_core.plan import Block, Group
 
+_MAX_UNITS = 512
+_MAX_CLUSTERS = 128
 _CHUNK_BYTES = 16 << 20
 """Of the copies that one step of a pass makes in the computing dtype."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Grams:
-    """Inner products of the units' halves as they are stored, without scaling or weight.
+class Units:
+    """The units of M modules. Unit i of module m is
+
+        a_i = coef_a[m, i] * (row i of the pooled A),  b_i = coef_b[m, i] * (column i of the pooled B)
+
+    so that sum_i b_i a_i^T is exactly the weighted sum of the adapters: the coefficients hold
+    scaling, weight and gauge, and the weights themselves are never rewritten.
 
     Attributes:
-        a, b: shape [M, N, N], float64.
-        peak_a, peak_b: the largest absolute entry of each half, shape [M, N], float64; None
-            when not asked for.
+        pool: where the weights are.
+        coef_a, coef_b: shape [M, N], float64.
+        gram_a, gram_b: inner products of the units' halves with the coefficients applied,
+            shape [M, N, N], float64. Their sum is the Gram matrix of the vectors [a; b]; their
+            entrywise product that of the matrices b a^T.
+        peaks: the largest absolute entry of each vector [a; b], shape [M, N], if asked for.
     """
 
-    a: torch.Tensor
-    b: torch.Tensor
-    peak_a: torch.Tensor | None = None
-    peak_b: torch.Tensor | None = None
+    pool: Pool
+    coef_a: torch.Tensor
+    coef_b: torch.Tensor
+    gram_a: torch.Tensor
+    gram_b: torch.Tensor
+    peaks: torch.Tensor | None = None
+
+    @property
+    def group(self) -> Group:
+        """The modules, and whose units these are."""
+        return self.pool.group
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,13 +64,28 @@ class Factors:
     Attributes:
         flat: all the factors, one behind the other: per block all lora_A, then all lora_B.
         blocks: views of it, per block lora_A [m, k, in_features], lora_B [m, out_features, k].
+        overflow: not 0 where an entry is not finite, of any shape; None if nobody looked.
     """
 
     flat: torch.Tensor
     blocks: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    overflow: torch.Tensor | None = None
+
+    def is_finite(self) -> bool:
+        """Whether all entries are finite. Waits for the device."""
+        if self.overflow is not None:
+            return not bool(self.overflow.any())
+        return bool(self.flat.isfinite().all())
 
     @classmethod
-    def empty(cls, group: Group, k: int, dtype: torch.dtype, device: torch.device) -> Factors:
+    def empty(
+        cls,
+        group: Group,
+        k: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        overflow: torch.Tensor | None = None,
+    ) -> Factors:
         """Allocate the factors in one piece of memory."""
         sizes = [
             len(block.names) * k * width
@@ -67,6 +103,7 @@ class Factors:
                 )
                 for block in group.blocks
             ),
+            overflow,
         )
 
 
@@ -78,16 +115,28 @@ class Pool(Protocol):
     dtype: torch.dtype
     """That sums are formed in."""
 
-    def grams(self, *, peaks: bool = False) -> Grams:
-        """Return the inner products of all units of each module: the first pass."""
-        ...
-
-    def mix(self, mix_a: torch.Tensor, mix_b: torch.Tensor, dtype: torch.dtype) -> Factors:
-        """Return weighted sums of the units' halves: the second pass.
+    def disassemble(self, gains: torch.Tensor, *, balance: bool, peaks: bool) -> Units:
+        """Form the inner products of all units of each module: the first pass.
 
         Args:
-            mix_a: shape [M, k, N]; row c of the result's lora_A is sum_i mix_a[m, c, i] a_i.
-            mix_b: shape [M, k, N]; column c of its lora_B is sum_i mix_b[m, c, i] b_i.
+            gains: scaling times weight of each module's members, shape [M, T], float64, on the CPU.
+            balance: the gauge, see `gauge`.
+            peaks: whether to find the largest entries too.
+        """
+        ...
+
+    def mix(
+        self,
+        weights: tuple[torch.Tensor, torch.Tensor],
+        coefs: tuple[torch.Tensor, torch.Tensor],
+        dtype: torch.dtype,
+    ) -> Factors:
+        """Sum the units' halves with weights: the second pass.
+
+        Args:
+            weights: for a and b, shape [M, k, N] each; row c of the result's lora_A is
+                sum_i weights_a[m, c, i] a_i, and column c of its lora_B likewise.
+            coefs: what makes units of the pooled rows and columns, shape [M, N] each.
             dtype: of the result. Sums are formed in float32 or wider.
         """
         ...
@@ -107,17 +156,56 @@ def open_pool(
         device: where to compute and to leave results.
         needs: see `lego_core.methods.Method`.
     """
-    modules = [[adapters[i].modules[name] for i in group.members] for name in group.names]
-    dtypes = {half.dtype for row in modules for m in row for half in (m.lora_a, m.lora_b)}
-    if needs == "products" and device.type == "cuda":
-        from lego_core.kernels import TritonPool, has_triton  # noqa: PLC0415 - not on every machine
+    members = [adapters[i] for i in group.members]
+    wide = any(torch.float64 in member.table.dtypes for member in members)
+    if needs == "products" and not wide and has_kernels(device):
+        from lego_core.kernels import TritonPool  # noqa: PLC0415 - not on every machine
 
-        if has_triton() and torch.float64 not in dtypes:
-            return TritonPool(group, modules, device)
+        return TritonPool(group, members, device)
     # PyTorch may be set to round float32 factors to TF32 or bfloat16; float64 it leaves alone.
     rounds = device.type == "cuda" or torch.get_float32_matmul_precision() != "highest"
-    exact = needs == "exact products" or rounds or torch.float64 in dtypes
-    return TorchPool(group, modules, torch.float64 if exact else torch.float32, device)
+    exact = needs == "exact products" or rounds or wide
+    return TorchPool(group, members, torch.float64 if exact else torch.float32, device)
+
+
+def gauge(
+    gain: torch.Tensor, gram_a: torch.Tensor, gram_b: torch.Tensor, *, balance: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the coefficients that make units of pooled rows and columns.
+
+    Scaling and weight go to both halves, a by sqrt(|s w|), b by sign(w) sqrt(|s w|). With
+    `balance` each unit is rescaled to |a| = |b|; a unit with a zero half is the zero function
+    and becomes the zero vector.
+
+    Args:
+        gain: scaling times weight of each unit, shape [M, N].
+        gram_a: inner products of the pooled rows of A, shape [M, N, N].
+        gram_b: of the pooled columns of B.
+        balance: whether to.
+
+    Returns:
+        coef_a, coef_b: shape [M, N].
+    """
+    coef_a = gain.abs().sqrt()
+    coef_b = coef_a * gain.sign()
+    if not balance:
+        return coef_a, coef_b
+    norm_a, norm_b = (coef_a * gram.diagonal(dim1=1, dim2=2).sqrt() for gram in (gram_a, gram_b))
+    alive = (norm_a > 0) & (norm_b > 0)
+    stretch = torch.where(alive, norm_b / norm_a, 1.0).sqrt()
+    return torch.where(alive, coef_a * stretch, 0.0), torch.where(alive, coef_b / stretch, 0.0)
+
+
+@cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether the fused kernels run on this device."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def fits_kernels(pool: Pool, k: int) -> bool:
+    """Whether one program can hold the clustering of one module into k clusters."""
+    n_units = pool.group.n_units
+    return has_kernels(pool.device) and k < n_units <= _MAX_UNITS and k <= _MAX_CLUSTERS
 
 
 class TorchPool:
@@ -125,7 +213,7 @@ class TorchPool:
 
     Args:
         group: which modules.
-        modules: the group's modules as its members have them, shape [M][members].
+        members: the adapters that touch them.
         dtype: to compute in, float32 or float64.
         device: where to compute and to leave results.
     """
@@ -133,37 +221,54 @@ class TorchPool:
     def __init__(
         self,
         group: Group,
-        modules: Sequence[Sequence[LoraModule]],
+        members: Sequence[LoraAdapter],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.group = group
         self.device = device
-        self._modules = modules
+        self._modules = [[member.modules[name] for member in members] for name in group.names]
         self.dtype = dtype
 
-    def grams(self, *, peaks: bool = False) -> Grams:
+    def disassemble(self, gains: torch.Tensor, *, balance: bool, peaks: bool) -> Units:
         """See `Pool`."""
         n_modules, n_units = len(self.group.names), self.group.n_units
-        a, b = torch.empty(
+        grams = torch.empty(
             (2, n_modules, n_units, n_units), dtype=torch.float64, device=self.device
         )
-        peak_a, peak_b = torch.empty(
-            (2, n_modules, n_units), dtype=torch.float64, device=self.device
-        )
+        largest = torch.zeros((2, n_modules, n_units), dtype=torch.float64, device=self.device)
         for _, _, where in self.chunks():
             units_a, units_b = self.units(where)
-            a[where] = units_a @ units_a.mT
-            b[where] = units_b.mT @ units_b
+            grams[0, where] = units_a @ units_a.mT
+            grams[1, where] = units_b.mT @ units_b
             if peaks:
-                peak_a[where] = units_a.abs().amax(dim=2)
-                peak_b[where] = units_b.abs().amax(dim=1)
-        return Grams(a, b, peak_a, peak_b) if peaks else Grams(a, b)
+                largest[0, where] = units_a.abs().amax(dim=2)
+                largest[1, where] = units_b.abs().amax(dim=1)
+        ranks = torch.tensor(self.group.ranks)
+        gain = gains.repeat_interleave(ranks, dim=1).to(self.device)
+        (gram_a, gram_b), (peak_a, peak_b) = grams, largest
+        coef_a, coef_b = gauge(gain, gram_a, gram_b, balance=balance)
+        return Units(
+            pool=self,
+            coef_a=coef_a,
+            coef_b=coef_b,
+            gram_a=coef_a[:, :, None] * gram_a * coef_a[:, None, :],
+            gram_b=coef_b[:, :, None] * gram_b * coef_b[:, None, :],
+            peaks=torch.maximum(coef_a * peak_a, coef_b.abs() * peak_b) if peaks else None,
+        )
 
-    def mix(self, mix_a: torch.Tensor, mix_b: torch.Tensor, dtype: torch.dtype) -> Factors:
+    def mix(
+        self,
+        weights: tuple[torch.Tensor, torch.Tensor],
+        coefs: tuple[torch.Tensor, torch.Tensor],
+        dtype: torch.dtype,
+    ) -> Factors:
         """See `Pool`."""
+        mix_a, mix_b = (
+            (of_half * coef[:, None, :]).to(self.dtype)
+            for of_half, coef in zip(weights, coefs, strict=True)
+        )
         factors = Factors.empty(self.group, mix_a.shape[1], dtype, self.device)
-        mix_a, mix_b = mix_a.to(self.dtype), mix_b.to(self.dtype)
         for block, in_block, where in self.chunks():
             units_a, units_b = self.units(where)
             a, b = factors.blocks[block]

@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 
+from lego_core.cluster import MAX_ITERATIONS, RELATIVE_ZERO, kmeans_draws
 from lego_core.config import MergeConfig
-from lego_core.pool import Factors
-from lego_core.units import Merged, Mixing, Units, moments
+from lego_core.pool import Factors, Units
+from lego_core.units import Merged, Mixing, moments
+
+
+def fused_centroids(units: Units, config: MergeConfig) -> Mixing:
+    """Do what `cluster_units` and `centroids` do, for the norms l2 and off, in two launches."""
+    from lego_core import kernels  # noqa: PLC0415 - not on every machine
+
+    gram = units.gram_a + units.gram_b
+    draws = kmeans_draws(config.rank, config.restarts, config.seed)
+    clusters = kernels.cluster(
+        gram,
+        draws.to(gram.device, non_blocking=True),
+        align_sign=config.align_sign,
+        relative_zero=RELATIVE_ZERO,
+        max_iterations=MAX_ITERATIONS,
+    )
+    a, b, sizes = kernels.centroids(
+        gram,
+        clusters,
+        reweight=config.parameter_reweighting == "l2",
+        rounding=_product_rounding(units),
+        output_gain=_output_gain(units, config),
+    )
+    return Mixing(a, b, sizes)
 
 
 def centroids(units: Units, signs: torch.Tensor, config: MergeConfig) -> Mixing:
@@ -30,9 +55,8 @@ def centroids(units: Units, signs: torch.Tensor, config: MergeConfig) -> Mixing:
         gram = units.gram_a + units.gram_b
         unit_norms = gram.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
         centroid_norms = ((means @ gram) * means).sum(dim=2).clamp_min(0).sqrt()
-        # An inner product is right to about eps, so the norm of what cancels to sqrt(eps).
-        rounding = 4 * torch.finfo(units.pool.dtype).eps ** 0.5
-        means = means * _gain(signs, sizes, unit_norms, centroid_norms, rounding)[:, :, None]
+        gain = _gain(signs, sizes, unit_norms, centroid_norms, _product_rounding(units))
+        means = means * gain[:, :, None]
     return Mixing(means, means * _output_gain(units, config), sizes)
 
 
@@ -52,7 +76,8 @@ def rescaled_to_peaks(
     """
     if units.peaks is None:
         raise TypeError("disassembled without peaks")
-    plain = units.assemble(mixing, units.pool.dtype)
+    coefs = units.coef_a, units.coef_b
+    plain = units.pool.mix((mixing.a, mixing.b), coefs, units.pool.dtype)
     output_gain = _output_gain(units, config)
     peaks = torch.cat(
         [
@@ -71,7 +96,7 @@ def rescaled_to_peaks(
         scaled_a.copy_(a * of_block[:, :, None])
         scaled_b.copy_(b * of_block[:, None, :])
     mixing = Mixing(mixing.a * gain[:, :, None], mixing.b * gain[:, :, None], sizes)
-    return Merged(scaled, moments(units, mixing), sizes)
+    return Merged(scaled, partial(moments, units, mixing), sizes)
 
 
 def _gain(
@@ -88,6 +113,14 @@ def _gain(
     wanted = (signs.abs() @ unit_norms[:, :, None])[:, :, 0] / sizes.clamp_min(1)
     alive = centroid_norms > rounding * wanted
     return torch.where(alive, wanted / centroid_norms.clamp_min(1e-300), 0.0)
+
+
+def _product_rounding(units: Units) -> float:
+    """Return the share of its members' norm below which a centroid's is rounding, from products.
+
+    An inner product is right to about eps, so the norm of what cancels is to sqrt(eps).
+    """
+    return 4 * math.sqrt(torch.finfo(units.pool.dtype).eps)
 
 
 def _output_gain(units: Units, config: MergeConfig) -> float:

@@ -13,7 +13,8 @@ import torch
 
 from lego_core.config import MergeConfig
 from lego_core.elementwise import ties_mean
-from lego_core.units import Merged, Mixing, Units, assembled, refuse_overflow, sum_square
+from lego_core.pool import Units
+from lego_core.units import Merged, Mixing, assembled, refuse_overflow, sum_square
 
 _CUT = 1e-13
 """Eigenvalues of a float64 Gram matrix below this share of the largest are rounding."""
