@@ -57,7 +57,10 @@ def dare_ties(units: Units, config: MergeConfig, dtype: torch.dtype) -> Merged:
         deltas = []
         for of in units.group.columns:
             delta = b[:, of] @ a[of]
-            kept = torch.rand(delta.shape, generator=generator, device=a.device) < config.density
+            draws = torch.rand(
+                delta.shape, generator=generator, dtype=torch.float32, device=a.device
+            )
+            kept = draws < config.density
             deltas.append(delta * kept / config.density)
         return _cut(_elected_mean(torch.stack(deltas)), a, config.rank, name)
 

@@ -111,7 +111,7 @@ def merge_adapters(
         The merged adapter, and the report if asked for.
 
     Raises:
-        ConfigError: no adapters, or weights that do not fit them.
+        ConfigError: no adapters, weights that do not fit them, or a device or dtype that cannot be.
         IncompatibleAdaptersError: adapters of different base models or shapes, or numbers that
             overflow.
     """
@@ -123,15 +123,18 @@ def merge_adapters(
     gains = [weight for _, weight in members]
     _check_base_models(sources)
     # With its index, as the device of a tensor has one.
-    target = torch.empty(0, device=device or _device_of(sources[0])).device
+    wanted = _device_of(sources[0]) if device is None else _usable(device)
+    target = torch.empty(0, device=wanted).device
     if dtype is None:
         dtype = sources[0].dtype
         for source in sources[1:]:
             dtype = torch.promote_types(dtype, source.dtype)
+    if not dtype.is_floating_point:
+        raise ConfigError(f"dtype is {dtype}; it must be a floating-point one", param="dtype")
 
     clock = _Clock(target)
     outcomes: list[tuple[Group, Merged]] = []
-    with one_thread(target):
+    with one_thread(target), torch.no_grad():
         for group in plan_merge(sources):
             pool = open_pool(group, sources, target, method.needs)
             units = disassemble(
@@ -250,6 +253,21 @@ def _check_finite(group: Group, outcome: Merged) -> None:
                     f"module {name!r}: the merge overflows {lora_a.dtype}; give its members smaller "
                     "weights"
                 )
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        target = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device is {device!r}: {error}", param="device") from error
+    count = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(target.type, 0)
+    if (target.index or 0) >= count:
+        raise ConfigError(
+            f"device is {str(target)!r}; a merge is made on the CPU or a CUDA device, of which there "
+            f"are {torch.cuda.device_count()} here",
+            param="device",
+        )
+    return target
 
 
 def _device_of(adapter: LoraAdapter) -> torch.device:
