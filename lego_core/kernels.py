@@ -84,22 +84,25 @@ class TritonPool:
         )
         self._element = next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
         # The tensors are kept as long as their addresses are.
-        self._weights: list[object] = list(members)
-        addresses = (
-            np.stack(
+        if in_place:
+            self._kept: object = members
+            self._anchor = next(iter(members[0].modules.values())).lora_a
+            addresses = np.stack(
                 [
                     member.table.addresses[:, places]
                     for member, places in zip(members, self._tables.places.T, strict=True)
                 ],
                 axis=2,
             )
-            if in_place
-            else self._bring(members)
-        )
-        self._anchor = self._empty(_VECTOR, dtype=self._element)
-        offsets = (
-            np.ascontiguousarray(addresses - self._anchor.data_ptr()) // self._element.itemsize
-        )
+        else:
+            brought = self._brought(members)
+            self._kept = brought
+            self._anchor = brought[0][0][0]
+            addresses = np.array(
+                [[[half.data_ptr() for half in row] for row in rows] for rows in brought]
+            )
+        offsets = np.ascontiguousarray(addresses - self._anchor.data_ptr())
+        offsets //= self._element.itemsize
         self._is_aligned = self._tables.is_aligned and not (offsets % _VECTOR).any()
         self._offsets = torch.from_numpy(offsets).to(device, non_blocking=True)
         # Triton's interpreter multiplies 16-bit floats wrongly; a GPU is best at them.
@@ -110,14 +113,20 @@ class TritonPool:
         n_modules, n_units = len(self.group.names), self.group.n_units
         tiles = _tiles(n_units, _TILE)
         half_a, half_b = self._tables.halves
-        partials, partial_peaks = [], []
+        n_items = [len(half_a.items), len(half_b.items)]
+        # Few allocations: each costs the host as much time as a small kernel takes.
+        partials = torch.split(
+            self._empty(sum(n_items), n_units, n_units, dtype=torch.float32), n_items
+        )
+        partial_peaks = partials  # unused
+        if peaks:
+            partial_peaks = torch.split(
+                self._empty(sum(n_items), n_units, dtype=torch.float32), n_items
+            )
         for is_b, half in enumerate(self._tables.halves):
-            n_items = len(half.items)
-            partials.append(self._empty(n_items, n_units, n_units, dtype=torch.float32))
-            partial_peaks.append(self._empty(n_items if peaks else 1, n_units, dtype=torch.float32))
-            triton_passes.gram_kernel[(n_items, tiles, tiles)](
-                partials[-1],
-                partial_peaks[-1],
+            triton_passes.gram_kernel[(n_items[is_b], tiles, tiles)](
+                partials[is_b],
+                partial_peaks[is_b],
                 self._anchor,
                 self._offsets[is_b],
                 *self._tables.of_units,
@@ -135,11 +144,10 @@ class TritonPool:
                 num_warps=4,
                 num_stages=4,
             )
-        grams = self._empty(2, n_modules, n_units, n_units, dtype=torch.float64)
-        of_units = self._empty(3, n_modules, n_units, dtype=torch.float64)
+        grams = self._empty(2, n_modules, n_units, n_units, dtype=torch.float64).unbind()
+        of_units = self._empty(3, n_modules, n_units, dtype=torch.float64).unbind()
         triton_passes.gauge_kernel[(n_modules,)](
-            grams[0],
-            grams[1],
+            *grams,
             *of_units,
             *partials,
             *partial_peaks,
@@ -155,7 +163,8 @@ class TritonPool:
             TILE=min(_TILE, _power_of_2(n_units)),
         )
         coef_a, coef_b, largest = of_units
-        return Units(self, coef_a, coef_b, grams[0], grams[1], largest if peaks else None)
+        gram_a, gram_b = grams
+        return Units(self, coef_a, coef_b, gram_a, gram_b, largest if peaks else None)
 
     def mix(
         self,
@@ -197,23 +206,16 @@ class TritonPool:
             )
         return factors
 
-    def _bring(
-        self, members: Sequence[LoraAdapter]
-    ) -> np.ndarray[tuple[int, int, int], np.dtype[np.int64]]:
-        """Copy what lies elsewhere or otherwise; return addresses as in `WeightTable`."""
-
-        def address(half: torch.Tensor) -> int:
-            brought = half.to(self.device, self._element).contiguous()
-            self._weights.append(brought)
-            return brought.data_ptr()
-
+    def _brought(self, members: Sequence[LoraAdapter]) -> list[list[list[torch.Tensor]]]:
+        """Copy what lies elsewhere or otherwise: halves A and B, shape [2][M][T]."""
         modules = [[member.modules[name] for member in members] for name in self.group.names]
-        return np.array(
-            [
-                [[address(module.lora_a) for module in row] for row in modules],
-                [[address(module.lora_b) for module in row] for row in modules],
-            ]
-        )
+        return [
+            [[half.to(self.device, self._element).contiguous() for half in row] for row in rows]
+            for rows in (
+                [[module.lora_a for module in row] for row in modules],
+                [[module.lora_b for module in row] for row in modules],
+            )
+        ]
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -245,12 +247,13 @@ def cluster(
     restarts, k = draws.shape
     padded_units, padded_k = _power_of_2(n_units), _power_of_2(k)
     tile = min(padded_units, _TILE)
-    spill = n_modules * restarts * padded_k * padded_units if padded_units > tile else 1
+    spill = n_modules * restarts * padded_k * padded_units if padded_units > tile else 0
     codes, order = torch.empty(
         (2, n_modules, restarts, n_units), dtype=torch.int32, device=gram.device
-    )
-    inertia = torch.empty((n_modules, restarts), dtype=torch.float32, device=gram.device)
-    squares = torch.empty((n_modules, restarts, k), dtype=torch.float32, device=gram.device)
+    ).unbind()
+    runs = n_modules * restarts
+    floats = torch.empty(runs * (1 + k) + spill, dtype=torch.float32, device=gram.device)
+    inertia, squares, products = torch.split(floats, [runs, runs * k, spill])
     triton_clustering.cluster_kernel[(n_modules, restarts)](
         gram.contiguous(),
         order,
@@ -258,7 +261,7 @@ def cluster(
         codes,
         inertia,
         squares,
-        torch.empty(spill, dtype=torch.float32, device=gram.device),
+        products,
         n_units,
         k,
         relative_zero,
@@ -269,7 +272,7 @@ def cluster(
         TILE=tile,
         num_warps=max(1, min(16, padded_units * padded_k // 1024)),
     )
-    return codes, inertia, squares
+    return codes, inertia.view(n_modules, restarts), squares.view(n_modules, restarts, k)
 
 
 def centroids(
@@ -296,7 +299,9 @@ def centroids(
     codes, inertia, squares = clusters
     n_modules, restarts, n_units = codes.shape
     k = squares.shape[2]
-    mix_a, mix_b = torch.empty((2, n_modules, k, n_units), dtype=torch.float64, device=gram.device)
+    mix_a, mix_b = torch.empty(
+        (2, n_modules, k, n_units), dtype=torch.float64, device=gram.device
+    ).unbind()
     sizes = torch.empty((n_modules, k), dtype=torch.float64, device=gram.device)
     triton_clustering.centroids_kernel[(n_modules,)](
         mix_a,

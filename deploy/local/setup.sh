@@ -10,6 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 pins=deploy/local/requirements-cpu.txt
 state=.venv/.setup
 log=$state/pip.log
+triton=3.6.0
 pytorch_cpu_index=https://download.pytorch.org/whl/cpu
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_USER=0
@@ -125,6 +126,14 @@ if ! stamped packages "$packages"; then
     say "$count pinned packages (460 MB, where none is cached)"
     pip "$count" --no-deps --requirement "$pins"
     stamp packages "$packages"
+fi
+
+# Apart, because vLLM's CPU build must not find it: the tests run the CUDA kernels in its interpreter.
+if ! stamped triton "$triton"; then
+    say "triton $triton (190 MB), in .venv/triton/"
+    rm -rf .venv/triton
+    pip 1 --no-deps --target .venv/triton "triton==$triton"
+    stamp triton "$triton"
 fi
 
 project=$(digest pyproject.toml deploy/local/vllm-metadata/pyproject.toml)
