@@ -113,14 +113,15 @@ def _measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
     for _ in range(3 if device.type == "cuda" else 1):
         copy_pool()
         merge_adapters(adapters, config, report=True)
-    copies, walls, devices, phases = [], [], [], []
+    copies, walls, phases = [], [], []
     for _ in range(repeats):
         copies.append(_timed(copy_pool, device)[1])
-        wall, on_device = _timed(lambda: merge_adapters(adapters, config), device)
-        walls.append(wall)
-        devices.append(on_device)
+        walls.append(_timed(lambda: merge_adapters(adapters, config), device)[0])
         _, report = merge_adapters(adapters, config, report=True)
         phases.append(report.seconds)
+    busy = statistics.median(walls)
+    if device.type == "cuda":
+        busy = _busy(lambda: merge_adapters(adapters, config), device)
     del pool, copy_pool
     extra = _extra_bytes(adapters, config, device)
     copy = statistics.median(copies)
@@ -135,10 +136,10 @@ def _measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
         "repeats": repeats,
         "copy_ms": _spread(copies),
         "merge_wall_ms": _spread(walls),
-        "merge_device_ms": _spread(devices),
+        "merge_busy_ms": busy * 1e3,
         "phases_ms": {name: _spread([p[name] for p in phases]) for name in phases[0]},
         "wall_over_copy": statistics.median(walls) / copy,
-        "device_over_copy": statistics.median(devices) / copy,
+        "busy_over_copy": busy / copy,
         "extra_bytes": extra,
         "extra_over_pool": extra / case.pool_bytes(),
     }
@@ -159,6 +160,20 @@ def _timed(run: Callable[[], object], device: torch.device) -> tuple[float, floa
     end.record()
     torch.cuda.synchronize(device)
     return time.perf_counter() - started, begin.elapsed_time(end) * 1e-3
+
+
+def _busy(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that the device works in one run: the sum of its kernels and copies.
+
+    What is left of the wall time is the device waiting for the host to launch them.
+    """
+    runs = 5
+    cuda = torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, cuda]) as profile:
+        for _ in range(runs):
+            run()
+        torch.cuda.synchronize(device)
+    return sum(event.self_device_time_total for event in profile.key_averages()) * 1e-6 / runs
 
 
 def _extra_bytes(adapters: list[LoraAdapter], config: MergeConfig, device: torch.device) -> int:

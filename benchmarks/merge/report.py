@@ -11,15 +11,15 @@ def table(results: dict[str, Any]) -> str:
     lines = [f"`{results['command']}` on {results['device']}", ""]
     if results.get("merges"):
         lines += [
-            "| case | copy, ms | merge, ms | / copy | on the device / copy | extra memory / pool |",
-            "| --- | --- | --- | --- | --- | --- |",
+            "| case | copy, ms | merge, ms | / copy | device busy, ms | / copy | extra memory / pool |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
         ]
     for row in results.get("merges", []):
         wall = row["merge_wall_ms"]
         lines.append(
             f"| {row['case']} | {row['copy_ms']['median']:.3f} "
             f"| {wall['median']:.3f} ({wall['min']:.3f} to {wall['max']:.3f}) "
-            f"| {row['wall_over_copy']:.1f} | {row['device_over_copy']:.1f} "
+            f"| {row['wall_over_copy']:.1f} | {row['merge_busy_ms']:.3f} | {row['busy_over_copy']:.1f} "
             f"| {row['extra_over_pool']:.2f} |"
         )
     for row in results.get("peers", []):
@@ -55,9 +55,13 @@ def draw(results: dict[str, Any], file: Path) -> int:
             ),
             key=lambda row: row[field],
         )
-        for key, label in (("merge_wall_ms", "merge"), ("copy_ms", "copy of the pool")):
-            places = [row["model"] if field == "modules" else str(row[field]) for row in shown]
-            axes.plot(places, [row[key]["median"] for row in shown], "o-", label=label)
+        places = [row["model"] if field == "modules" else str(row[field]) for row in shown]
+        for label, values in (
+            ("merge", [row["merge_wall_ms"]["median"] for row in shown]),
+            ("device busy", [row["merge_busy_ms"] for row in shown]),
+            ("copy of the pool", [row["copy_ms"]["median"] for row in shown]),
+        ):
+            axes.plot(places, values, "o-", label=label)
         axes.set_xlabel("model" if field == "modules" else field)
         axes.set_yscale("log")
     figure.axes[0].set_ylabel("ms")

@@ -17,9 +17,10 @@ if DEVICE.type == "cpu":  # read when the kernels are defined
     sys.path.append(str(Path(sys.prefix) / "triton"))
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
-from lego_core import LoraAdapter, MergeConfig  # noqa: E402
+from lego_core import LoraAdapter, MergeConfig, merge_adapters  # noqa: E402
 from lego_core import kernels as fused  # noqa: E402
 from lego_core.cluster import cluster_units, inertia  # noqa: E402
+from lego_core.methods import METHODS  # noqa: E402
 from lego_core.plan import Group, plan_merge  # noqa: E402
 from lego_core.pool import Pool, TorchPool, Units  # noqa: E402
 from lego_core.reassemble import centroids, fused_centroids  # noqa: E402
@@ -178,6 +179,27 @@ def test_equal_units_share_a_cluster(distinct: int, align_sign: bool) -> None:  
     signs = found.a.sign()
     plain = cluster_units(gram, 8, align_sign=align_sign, restarts=4, seed=0)
     assert_close(1 + inertia(gram, signs), 1 + inertia(gram, plain), 1e-5)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="chooses its own passes, here the plain ones")
+@pytest.mark.parametrize(("ranks", "dtype"), [case for case in CASES if len(set(case[0])) == 1])
+@pytest.mark.parametrize("method", METHODS)
+def test_merge_on_the_gpu_is_that_on_the_cpu(
+    method: str, ranks: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    rank = sum(ranks) if method == "concat" else 8
+    config = MergeConfig.from_mapping({"method": method, "rank": rank})
+    if method == "dare_ties":  # whose draws are a device's own
+        config = MergeConfig(method=method, rank=rank, density=1.0)
+    members = adapters(ranks, dtype)
+    here, report = merge_adapters(moved(members), config, dtype=torch.float32, report=True)
+    there, other = merge_adapters(members, config, dtype=torch.float32, report=True)
+    assert {half.device.type for m in here.modules.values() for half in (m.lora_a, m.lora_b)} == {
+        "cuda"
+    }
+    for name, module in there.modules.items():
+        assert_close(here.modules[name].delta().cpu(), module.delta(), 1e-4)
+    assert report.fidelity == pytest.approx(other.fidelity, abs=1e-5)
 
 
 def test_zero_units_stay_zero() -> None:
