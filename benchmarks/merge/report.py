@@ -23,7 +23,11 @@ def table(results: dict[str, Any]) -> str:
             f"| {row['extra_over_pool']:.2f} |"
         )
     for row in results.get("peers", []):
-        lines += ["", f"{row['module']}, one module, milliseconds (times ours):", ""]
+        lines += [
+            "",
+            f"{row['module']}, one module, milliseconds (times our `lego`, for PEFT's svd times our `svd`):",
+            "",
+        ]
         lines += [
             f"- {name}: {peer['median_ms']:.1f} ({peer['over_ours']:.1f})"
             for name, peer in row["peers"].items()
@@ -65,7 +69,7 @@ def draw(results: dict[str, Any], file: Path) -> int:
         axes.set_xlabel("model" if field == "modules" else field)
         axes.set_yscale("log")
     figure.axes[0].set_ylabel("ms")
-    figure.axes[0].legend(frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", frameon=False)
     figure.suptitle(f"{base['case']} on {results['device']}, one thing varied at a time")
     figure.savefig(file, dpi=150)
     return 0
