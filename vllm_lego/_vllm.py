@@ -6,6 +6,7 @@
 | `WorkerBase.lego_stage`, `.lego_discard`, `.lego_kept` | a worker has no way to start work off the loop | three methods more, called through `collective_rpc` | vLLM has a registry of worker methods |
 | `torch_ops.bgmv_shrink`, on the CPU platform only | in a batch with LoRA requests it gives requests of the base model the adapter of the last slot | its result is zeroed for tokens without an adapter, as the GPU kernels do | vLLM pull request 48421 or its like is in the oldest version supported |
 | `OpenAIServingModels.show_available_models` (one instance) | `/v1/models` would list every merge ever served | filters them out of the list | adapters can be served without being listed |
+| `PrometheusStatLogger.gauge_lora_info` (one instance) | its labels list the adapters running at once, so that each combination of merges makes a series for ever | to it all merges are one, `lego` | it has bounded labels |
 | `app.router.middleware_stack` (one instance) | `--middleware` runs before the API-key check | wrapped by our ASGI class, inside vLLM's own middleware | endpoint plugins can add middleware |
 """
 
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from lego_core import IncompatibleAdaptersError, LoraAdapter
+from vllm_lego.identity import MERGE_ID
 from vllm_lego.recipe import SCHEME, Recipe
 from vllm_lego.settings import Settings
 from vllm_lego.worker import StagingArea
@@ -248,6 +250,7 @@ class Engine:
         self.base_model: str = self._models.base_model_paths[0].name
         self.adapters: Mapping[str, str] = _NativeAdapters(self._models.lora_requests)
         _hide_merges(self._models)
+        _bound_the_labels(client)
 
     def is_base_model(self, name: str) -> bool:
         """Whether `name` is one of the names of the base model."""
@@ -320,6 +323,31 @@ def _hide_merges(models: Any) -> None:
         return listed
 
     models.show_available_models = show_available_models
+
+
+class _MergesAsOne:
+    """vLLM's gauge of the adapters that run or wait, for which all merges have one name."""
+
+    def __init__(self, gauge: Any) -> None:
+        self._gauge = gauge
+
+    def labels(self, **labels: Any) -> Any:
+        return self._gauge.labels(
+            **{
+                label: ",".join({MERGE_ID.sub("lego", name): None for name in value.split(",")})
+                if isinstance(value, str)
+                else value
+                for label, value in labels.items()
+            }
+        )
+
+
+def _bound_the_labels(client: Any) -> None:
+    manager = getattr(client, "logger_manager", None)  # None with --disable-log-stats
+    for stat_logger in getattr(manager, "stat_loggers", ()):
+        gauge = getattr(stat_logger, "gauge_lora_info", None)
+        if gauge is not None:
+            stat_logger.gauge_lora_info = _MergesAsOne(gauge)
 
 
 def has_lora(state: Any) -> bool:

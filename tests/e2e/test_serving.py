@@ -230,6 +230,7 @@ def test_metrics_are_the_contracts(http):
     for name, kind in {
         "vllm_lego_requests_total": "counter",
         "vllm_lego_cache_evictions_total": "counter",
+        "vllm_lego_cache_hits_total": "counter",
         "vllm_lego_cache_entries": "gauge",
         "vllm_lego_cache_bytes": "gauge",
         "vllm_lego_merge_seconds": "histogram",
@@ -239,7 +240,8 @@ def test_metrics_are_the_contracts(http):
     }.items():
         assert f"# TYPE {name} {kind}" in text
     ours = "\n".join(line for line in text.splitlines() if line.startswith("vllm_lego"))
-    assert not MERGE_ID.search(ours)
+    assert not MERGE_ID.search(text)  # nor do vllm's own
+    assert 'running_lora_adapters="lego"' in text
     assert not any(f'"{name}"' in ours for name in shipped_adapters())
 
 
