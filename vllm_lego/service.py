@@ -20,7 +20,7 @@ from lego_core import LegoError, MergeConfig
 from vllm_lego._vllm import Engine
 from vllm_lego.adapter_set import AdapterSet
 from vllm_lego.cache import CachedMerge, CacheFullError, MergedAdapterCache
-from vllm_lego.catalog import Catalog
+from vllm_lego.catalog import Catalog, CatalogEntry
 from vllm_lego.errors import (
     BadRequestError,
     BusyError,
@@ -104,7 +104,7 @@ class LegoService:
                 yield Serving(name)
             return
         config = self._config(wanted)
-        entries = await self.catalog.look_up(wanted.weights, param=param)
+        entries = await self._look_up(wanted, param)
         members = tuple(
             Member(entry.name, entry.path, entry.digest, wanted.weights[entry.name])
             for entry in entries
@@ -177,6 +177,17 @@ class LegoService:
     def _remembered(self, recipe: Recipe, nbytes: int, fidelity: float) -> CachedMerge:
         left = self._left.get(recipe.merge_id)
         return left or CachedMerge(recipe.encode(), nbytes, fidelity)
+
+    async def _look_up(self, wanted: AdapterSet, param: str) -> list[CatalogEntry]:
+        limit = self.settings.merge_timeout_s
+        try:
+            async with asyncio.timeout(limit):
+                return await self.catalog.look_up(wanted.weights, param=param)
+        except TimeoutError as error:
+            raise MergeTimeoutError(
+                f"reading {len(wanted.weights)} adapters took longer than {limit:g} s; "
+                "try again later"
+            ) from error
 
     def _config(self, wanted: AdapterSet) -> MergeConfig:
         try:

@@ -216,7 +216,9 @@ def _flat(memory: dict[int, int], after: int) -> bool:
 
 
 def _metrics(server: ServerProcess) -> dict[str, float]:
-    found = re.findall(r"^(vllm_lego_\S+) (\S+)$", httpx.get(server.url + "/metrics").text, re.MULTILINE)
+    found = re.findall(
+        r"^(vllm_lego_\S+) (\S+)$", httpx.get(server.url + "/metrics").text, re.MULTILINE
+    )
     return {
         name: float(value) for name, value in found if not re.search(r"_bucket|_created|_sum", name)
     }
