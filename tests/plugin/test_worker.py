@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -227,3 +229,37 @@ def test_a_thread_that_dies_of_a_merge_is_replaced(folders):
     assert finished(staging, recipe_of(folders))["error"] == "SystemExit"
     staging.tiers._check = lambda adapter: None
     assert finished(staging, recipe_of(folders))["state"] == "ready"
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+from pathlib import Path
+import torch
+from lego_core import LoraAdapter, LoraModule, save_adapter
+from tests.plugin.test_worker import area, finished, recipe_of
+torch.set_num_threads(1)
+folders = {}
+for name in "ab":
+    module = LoraModule(torch.randn(256, 30_000), torch.randn(30_000, 256))
+    save_adapter(LoraAdapter(name, {"layer": module}), Path(sys.argv[1]) / name)
+    folders[name] = Path(sys.argv[1]) / name
+recipe, staging = recipe_of(folders), area(merge_threads=1)
+finished(staging, recipe_of({"a": folders["a"]}, "lego-0000000000000002"))  # all that grows once
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+before = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (64 << 20), before[1]))
+print(finished(staging, recipe)["error"])
+resource.setrlimit(resource.RLIMIT_AS, before)
+print(finished(staging, recipe)["state"])
+"""
+
+
+def test_merge_out_of_memory(tmp_path):
+    """The process gets no more memory than it has; then it does."""
+    ran = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY, str(tmp_path)],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.stdout.split() == ["OutOfMemoryError", "ready"], ran.stderr
