@@ -18,17 +18,17 @@ Join = Callable[[httpx.AsyncClient], Awaitable[None]]
 
 
 class Streams:
-    """Completions of the base model that run until they are stopped; when each token arrived."""
+    """Completions that run until they are stopped; when each token arrived.
 
-    def __init__(self, client: httpx.AsyncClient, model: str, count: int, max_tokens: int) -> None:
+    Args:
+        client: of the server.
+        fields: of the requests: the model, `max_tokens`.
+        count: of streams.
+    """
+
+    def __init__(self, client: httpx.AsyncClient, fields: Mapping[str, Any], count: int) -> None:
         self._client = client
-        self._body = {
-            "model": model,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-        }
+        self._body = {"temperature": 0, "ignore_eos": True, "stream": True, **fields}
         self.arrivals: list[list[float]] = [[] for _ in range(count)]
         self._tasks: list[asyncio.Task[None]] = []
 
