@@ -13,7 +13,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +24,7 @@ from prometheus_client import REGISTRY
 from vllm.v1.worker.worker_base import WorkerBase
 
 from lego_core import LoraAdapter, LoraModule, save_adapter
+from tests.plugin.test_interception import echo
 from vllm_lego._vllm import Engine, install_worker_patches
 from vllm_lego.adapter_set import AdapterSet
 from vllm_lego.errors import (
@@ -36,6 +37,7 @@ from vllm_lego.errors import (
     WorkersDisagreeError,
 )
 from vllm_lego.identity import engine_id
+from vllm_lego.interception import Interception
 from vllm_lego.metrics import Metrics
 from vllm_lego.recipe import Recipe
 from vllm_lego.service import LegoService, Serving
@@ -543,3 +545,88 @@ def test_api_servers_share_the_budget_and_the_slots(folder):
     shared = PlayedVllm(folder, lambda adapter: None, Settings(), _api_process_count=2)
     engine = Engine(shared, shared.state)
     assert (engine.api_servers, engine.slots) == (2, 4)
+
+
+def test_single_adapters_stand_in_the_same_line_as_sets(start):
+    """Four slots: four adapters of vLLM's own keep a set waiting, and it keeps the fifth waiting."""
+
+    async def scenario():
+        service, _ = start()
+        async with AsyncExitStack() as stack:
+            for name in "abcd":
+                await stack.enter_async_context(service.serving_native(name))
+            waiting = asyncio.create_task(use(service, "ab"))
+            while not service.slots.waiting():
+                await asyncio.sleep(0.001)
+            fifth = asyncio.create_task(use(service, "e"))
+            async with service.serving_native("base"):  # takes no slot
+                pass
+            await asyncio.sleep(0.01)
+            assert not waiting.done()
+            assert not fifth.done()
+        assert (await waiting).result == "miss"
+        assert (await fifth) == Serving("e", None)
+
+    asyncio.run(scenario())
+
+
+def test_what_pushes_in_waits_for_what_is_known(start):
+    """More sets than slots, and room for fewer than slots: everybody is served in the end."""
+    size = room_for_one(start)
+
+    async def scenario():
+        service, vllm = start(device_cache_bytes=2 * size, max_queued_merges=64)
+        sets = list(itertools.combinations(NAMES, 2))
+
+        async def client(wanted):
+            async with service.serving(
+                AdapterSet(dict.fromkeys(wanted, 1.0)), param="a"
+            ) as serving:
+                assert serving.model in vllm.merges()
+                await asyncio.sleep(0.001)
+
+        await asyncio.gather(*(client(wanted) for wanted in sets * 3))
+        assert nothing_left(service, vllm)
+        assert service.slots.waiting() == 0
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("body", "waits"),
+    [
+        (b'{"model": "e"}', True),
+        (b'{"model" : "e", "adapters": []}', True),
+        (b'{"model": "a"}', False),  # has a slot
+        (b'{"model": "base"}', False),
+        (b'{"tools": [{"model": "e"}], "model": "base"}', False),
+        (b'{"model": "e"', False),  # no JSON: vLLM says so
+        (b'["model", {"model": "e"}]', False),
+    ],
+)
+def test_a_request_of_a_single_adapter_waits_for_its_slot_and_passes_untouched(start, body, waits):
+    async def scenario():
+        service, _ = start()
+        interception = Interception(echo)
+        interception.start(service, 1000, ())
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        sent: list[dict[str, Any]] = []
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async with AsyncExitStack() as stack:
+            for name in "abcd":
+                await stack.enter_async_context(service.serving_native(name))
+            request = asyncio.create_task(interception(scope, receive, send))
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert request.done() is not waits
+            assert service.slots.waiting() == waits
+        await request
+        assert sent[1]["body"] == body
+
+    asyncio.run(scenario())
