@@ -13,6 +13,7 @@ import httpx
 
 _WARM_TOKENS = 8
 _SETTLE_S = 0.3
+_BEAT_S = 0.005
 
 Join = Callable[[httpx.AsyncClient], Awaitable[None]]
 
@@ -82,11 +83,11 @@ async def measure(
     """Let requests join running streams one after the other, or watch them alone for `idle_s`.
 
     Returns:
-        Longest, p99 and median gap of the streams in ms, over the time of the joins, and the time
-        to the first token of each join in ms.
+        Longest, p99 and median gap of the streams in ms, over the time of the joins; the time to
+        the first token of each join in ms; and how late the client itself was at worst, in ms.
     """
     waits: list[float] = []
-    async with streams.running():
+    async with streams.running(), _own_lag() as lag:
         await asyncio.sleep(_SETTLE_S)
         start = time.perf_counter()
         for join in joins:
@@ -104,7 +105,26 @@ async def measure(
         "median_ms": round(gaps[len(gaps) // 2], 2),
         "tokens": len(gaps),
         "ttft_ms": [round(wait, 1) for wait in waits],
+        "client_lag_ms": round(max(lag) * 1e3, 1),
     }
+
+
+@asynccontextmanager
+async def _own_lag() -> AsyncIterator[list[float]]:
+    """Collect how late the client's own loop is, in seconds: gaps of that size may be its own."""
+    late = [0.0]
+
+    async def beat() -> None:
+        while True:
+            due = time.perf_counter() + _BEAT_S
+            await asyncio.sleep(_BEAT_S)
+            late.append(time.perf_counter() - due)
+
+    task = asyncio.create_task(beat())
+    try:
+        yield late
+    finally:
+        task.cancel()
 
 
 def join_with(fields: Mapping[str, Any]) -> Join:
