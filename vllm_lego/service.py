@@ -154,7 +154,8 @@ class LegoService:
         result = await self._obtain(recipe)
         async with self.slots.admitted(recipe.merge_id):
             with self.cache.pinned(recipe.merge_id):
-                if recipe.merge_id not in self.cache:  # pushed out while it stood in line
+                # Pushed out while it stood in line, perhaps on its way back: not registered yet.
+                if recipe.merge_id not in self.cache or recipe.merge_id in self._merging:
                     await self._obtain(recipe)
                 self.metrics.requests.labels(result).inc()
                 yield Serving(recipe.merge_id, result)
@@ -275,6 +276,7 @@ class LegoService:
             "register": finished - staged,
             "total": finished - started,
         }
+        self._left.pop(recipe.merge_id, None)
         self._account(recipe, status, seconds)
         tier: str = status["tier"]
         return tier
@@ -288,10 +290,9 @@ class LegoService:
                 "rank",
                 param="merge.rank",
             )
-        left = self._left.pop(recipe.merge_id, None)
         merge = CachedMerge(recipe.encode(), status["nbytes"], status["fidelity"])
-        if left is not None:
-            merge.hits = left.hits
+        if recipe.merge_id in self._left:
+            merge.hits = self._left[recipe.merge_id].hits
         while True:
             try:
                 self.cache[recipe.merge_id] = merge

@@ -630,3 +630,50 @@ def test_a_request_of_a_single_adapter_waits_for_its_slot_and_passes_untouched(s
         assert sent[1]["body"] == body
 
     asyncio.run(scenario())
+
+
+def test_what_is_on_its_way_back_is_not_served_before_it_is_there(start):
+    """Pushed out while its request stands in line, fetched again by another, not yet registered."""
+    size = room_for_one(start)
+
+    async def scenario():
+        service, vllm = start(device_cache_bytes=size)
+        registering, stock = asyncio.Event(), vllm.add_lora
+        registering.set()
+
+        async def add_lora(request: Any) -> bool:
+            await registering.wait()
+            return await stock(request)
+
+        vllm.add_lora = add_lora
+        served: list[bool] = []
+
+        async def client(names: str):
+            wanted = AdapterSet(dict.fromkeys(names, 1.0))
+            async with service.serving(wanted, param="adapters") as serving:
+                served.append(serving.model in vllm.merges())
+
+        async def waiting(names: int):
+            while service.slots.waiting() < names:
+                await asyncio.sleep(0.001)
+
+        async with AsyncExitStack() as stack:
+            for name in "abcd":
+                await stack.enter_async_context(service.serving_native(name))
+            clients = [asyncio.create_task(client("ab"))]
+            await waiting(1)
+            clients.append(asyncio.create_task(client("ac")))  # pushes the first out
+            await waiting(2)
+            registering.clear()
+            clients.append(asyncio.create_task(client("ab")))
+            while not service._merging or not set(service._merging) & set(service.cache):
+                await asyncio.sleep(0.001)
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        assert served == []
+        registering.set()
+        await asyncio.gather(*clients)
+        assert served == [True] * 3
+        assert nothing_left(service, vllm)
+
+    asyncio.run(scenario())
