@@ -6,15 +6,19 @@
 
 from lego_core.adapter import LoraAdapter, LoraModule
 from lego_core.adapter_io import AdapterConfig, describe_adapter, load_adapter, save_adapter
+from lego_core.base_model import check_shapes
 from lego_core.config import MergeConfig
 from lego_core.errors import (
     AdapterChangedError,
     AdapterFormatError,
     AdapterNotFoundError,
+    AdapterWriteError,
     ConfigError,
+    HubError,
     IncompatibleAdaptersError,
     LegoError,
 )
+from lego_core.hub import ResolvedSource, resolve_source
 from lego_core.merge import ALGORITHM_VERSION, MergeReport, ModuleReport, merge_adapters
 
 __all__ = [
@@ -23,7 +27,9 @@ __all__ = [
     "AdapterConfig",
     "AdapterFormatError",
     "AdapterNotFoundError",
+    "AdapterWriteError",
     "ConfigError",
+    "HubError",
     "IncompatibleAdaptersError",
     "LegoError",
     "LoraAdapter",
@@ -31,8 +37,11 @@ __all__ = [
     "MergeConfig",
     "MergeReport",
     "ModuleReport",
+    "ResolvedSource",
+    "check_shapes",
     "describe_adapter",
     "load_adapter",
     "merge_adapters",
+    "resolve_source",
     "save_adapter",
 ]

@@ -5,25 +5,33 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property, reduce
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lego_core.errors import AdapterFormatError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraModule:
-    """The low-rank update of one linear layer: W + scaling * B @ A.
+    """The low-rank update of one linear layer or embedding: W + scaling * B @ A.
+
+    An embedding's weight is stored the other way round, [in_features, out_features] (vocabulary,
+    width), so its update is the transpose of `delta()`.
 
     Attributes:
         lora_a: A, shape [rank, in_features], floating point.
         lora_b: B, shape [out_features, rank], same device as A.
         scaling: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+        is_embedding: whether the layer is an embedding; PEFT names and stores those otherwise.
     """
 
     lora_a: torch.Tensor
     lora_b: torch.Tensor
     scaling: float = 1.0
+    is_embedding: bool = False
 
     @property
     def rank(self) -> int:
@@ -46,7 +54,44 @@ class LoraModule:
         return self.scaling * (self.lora_b.to(dtype) @ self.lora_a.to(dtype))
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Names, ranks and shapes of an adapter's modules; equal for adapters that merge alike.
+
+    Attributes:
+        modules: name, rank, in_features, out_features and whether it is an embedding, of each.
+    """
+
+    modules: tuple[tuple[str, int, int, int, bool], ...]
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.modules)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
 @dataclass(frozen=True, slots=True, eq=False)
+class WeightTable:
+    """What is known of an adapter's n modules before their weights are read, in its layout's order.
+
+    Attributes:
+        scalings: shape [n], float64.
+        addresses: of lora_A and lora_B, shape [2, n], int64.
+        dtypes: of all tensors.
+        devices: of all tensors.
+        is_contiguous: whether all tensors are.
+    """
+
+    scalings: NDArray[np.float64]
+    addresses: NDArray[np.int64]
+    dtypes: frozenset[torch.dtype]
+    devices: frozenset[torch.device]
+    is_contiguous: bool
+
+
+@dataclass(frozen=True, eq=False)
 class LoraAdapter:
     """A named set of `LoraModule`s over one base model.
 
@@ -55,12 +100,16 @@ class LoraAdapter:
         modules: by the layer's name in the base model, `model.layers.0.self_attn.q_proj`.
         digest: SHA-256 (hex) of the content it was read from; empty when it was made in memory.
         base_model: the base model that its configuration names, if any.
+        source: the folder or hub repository that it was read from, if any.
+        revision: the repository's commit that it was read at.
     """
 
     name: str
     modules: Mapping[str, LoraModule]
     digest: str = ""
     base_model: str | None = None
+    source: str | None = None
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         if not self.modules:
@@ -81,11 +130,31 @@ class LoraAdapter:
     @property
     def dtype(self) -> torch.dtype:
         """The narrowest dtype that holds all its tensors."""
-        dtypes = [t.dtype for m in self.modules.values() for t in (m.lora_a, m.lora_b)]
-        widest = dtypes[0]
-        for dtype in dtypes[1:]:
-            widest = torch.promote_types(widest, dtype)
-        return widest
+        return reduce(torch.promote_types, self.table.dtypes)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Names, ranks and shapes of its modules."""
+        return Layout(
+            tuple(
+                (name, *m.lora_a.shape, m.lora_b.shape[0], m.is_embedding)
+                for name, m in self.modules.items()
+            )
+        )
+
+    @cached_property
+    def table(self) -> WeightTable:
+        """Where its weights lie; found once, since a set of adapters has thousands of tensors."""
+        modules = self.modules.values()
+        halves = [[m.lora_a for m in modules], [m.lora_b for m in modules]]
+        tensors = halves[0] + halves[1]
+        return WeightTable(
+            scalings=np.array([m.scaling for m in modules]),
+            addresses=np.array([[half.data_ptr() for half in of] for of in halves]),
+            dtypes=frozenset(tensor.dtype for tensor in tensors),
+            devices=frozenset(tensor.device for tensor in tensors),
+            is_contiguous=all(tensor.is_contiguous() for tensor in tensors),
+        )
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +166,8 @@ def content_digest(adapter: LoraAdapter) -> str:
     """Return a SHA-256 (hex) of the tensors and scalings, for adapters made in memory."""
     sha = hashlib.sha256()
     for name, module in sorted(adapter.modules.items()):
-        sha.update(f"{name} {module.scaling!r}".encode())
+        kind = " embedding" if module.is_embedding else ""
+        sha.update(f"{name} {module.scaling!r}{kind}".encode())
         for half in (module.lora_a, module.lora_b):
             sha.update(f"{half.dtype} {tuple(half.shape)}".encode())
             sha.update(half.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -13,7 +13,7 @@ from torch.nn.functional import one_hot
 MAX_ITERATIONS = 100
 # Squared distances below this share of the largest square are the rounding of float32 inner
 # products: such units are equal.
-_RELATIVE_ZERO = 1e-6
+RELATIVE_ZERO = 1e-6
 
 
 def cluster_units(
@@ -47,13 +47,11 @@ def cluster_units(
         own = torch.nn.functional.pad(own, (0, 0, 0, k - n_units))
         return own.expand(n_modules, k, n_units)
 
+    draws = kmeans_draws(k, restarts, seed).to(gram.device)
     order = gram.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     ordered = gram.gather(1, order[:, :, None].expand_as(gram))
     ordered = ordered.gather(2, order[:, None, :].expand_as(gram))
 
-    draws = torch.rand(
-        (restarts, k), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
-    ).to(gram.device)
     chosen = torch.zeros(n_modules, k, n_units, dtype=gram.dtype, device=gram.device)
     lowest = gram.new_full((n_modules,), torch.inf)
     for of_restart in draws:  # one after another: memory does not grow with the restarts
@@ -67,6 +65,12 @@ def cluster_units(
     return chosen.gather(2, undo[:, None, :].expand_as(chosen))
 
 
+def kmeans_draws(k: int, restarts: int, seed: int) -> torch.Tensor:
+    """Return the random numbers of the k-means++ starts, shape [restarts, k], float64, in [0, 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand((restarts, k), dtype=torch.float64, generator=generator)
+
+
 def _seed(gram: torch.Tensor, draws: torch.Tensor, *, align_sign: bool) -> torch.Tensor:
     """Draw k-means++ centres. gram [B, N, N], draws [B, k] in [0, 1) -> unit indices [B, k].
 
@@ -74,7 +78,7 @@ def _seed(gram: torch.Tensor, draws: torch.Tensor, *, align_sign: bool) -> torch
     """
     n_batch, n_units, _ = gram.shape
     squares = gram.diagonal(dim1=1, dim2=2)
-    floor = _RELATIVE_ZERO * squares.amax(dim=1, keepdim=True)
+    floor = RELATIVE_ZERO * squares.amax(dim=1, keepdim=True)
     # A product with a triangle of ones: cumsum has no deterministic CUDA implementation.
     below = torch.ones(n_units, n_units, dtype=gram.dtype, device=gram.device).triu()
     rows = torch.arange(n_batch, device=gram.device)
@@ -98,7 +102,7 @@ def _lloyd(gram: torch.Tensor, centres: torch.Tensor, *, align_sign: bool) -> to
     """Iterate from unit indices [B, k], or -1, to a fixed point. Returns signs [B, k, N]."""
     n_units, k = gram.shape[1], centres.shape[1]
     squares = gram.diagonal(dim1=1, dim2=2)
-    floor = _RELATIVE_ZERO * squares.amax(dim=1, keepdim=True)
+    floor = RELATIVE_ZERO * squares.amax(dim=1, keepdim=True)
     signs = (one_hot(centres.clamp_min(0), n_units) * (centres >= 0)[:, :, None]).to(gram.dtype)
     previous = None
     for _ in range(MAX_ITERATIONS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -13,16 +14,42 @@ MAX_RANK = 512
 MAX_RESTARTS = 64
 _SHOWN = 100
 
-Method = Literal["lego"]
 Norm = Literal["l2", "inf", "off"]
 
-METHOD_NAMES: tuple[str, ...] = ("lego",)
 NORM_NAMES: tuple[str, ...] = ("l2", "inf", "off")
+
+_CLUSTERING: Mapping[str, Any] = {"restarts": 4, "seed": 0}
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "lego": {
+        "balance": True,
+        "align_sign": True,
+        "parameter_reweighting": "l2",
+        "output_reweighting": True,
+        **_CLUSTERING,
+    },
+    "lego-paper": _CLUSTERING,
+    "concat": {},
+    "svd": {},
+    "linear": {},
+    "ties": {"density": 0.2},
+    "dare_ties": {"density": 0.5, "seed": 0},
+    "knots": {"density": 0.2},
+    "core_space": {"density": 0.2},
+}
+"""The options of each method with their defaults. A method has no others."""
+
+METHOD_NAMES: tuple[str, ...] = tuple(OPTIONS)
+
+_OF_METHOD: Any = None  # stands for the method's own default
 
 
 @dataclass(frozen=True, slots=True)
 class MergeConfig:
     """How to merge. Checked when built: a `MergeConfig` that exists can be used.
+
+    An option left out takes the method's default (`OPTIONS`); one that the method does not have
+    is None, and giving it is an error. So two configurations are equal exactly when they mean
+    the same merge.
 
     Attributes:
         method: name of the merging method, a key of `lego_core.methods.METHODS`.
@@ -36,50 +63,68 @@ class MergeConfig:
         output_reweighting: scale the merge by sqrt(r / k), the paper's Theorem 3.1. r is the
             rank that the sources share, or their mean, which the paper leaves open.
         restarts: independent k-means++ starts, 1 to 64; the lowest inertia wins.
-        seed: of the k-means++ draws.
+        seed: of the random draws.
+        density: share of each member's entries that survive, above 0 and at most 1: the
+            largest (`ties`, `knots`, `core_space`) or random ones (`dare_ties`).
 
     Raises:
         ConfigError: a field is out of its domain; `param` names it.
     """
 
-    method: Method = "lego"
+    method: str = "lego"
     rank: int = 16
-    balance: bool = True
-    align_sign: bool = True
-    parameter_reweighting: Norm = "l2"
-    output_reweighting: bool = True
-    restarts: int = 4
-    seed: int = 0
+    balance: bool = _OF_METHOD
+    align_sign: bool = _OF_METHOD
+    parameter_reweighting: Norm = _OF_METHOD
+    output_reweighting: bool = _OF_METHOD
+    restarts: int = _OF_METHOD
+    seed: int = _OF_METHOD
+    density: float = _OF_METHOD
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHOD_NAMES)
         _integer("rank", self.rank, 1, MAX_RANK)
-        _boolean("balance", self.balance)
-        _boolean("align_sign", self.align_sign)
-        _one_of("parameter_reweighting", self.parameter_reweighting, NORM_NAMES)
-        _boolean("output_reweighting", self.output_reweighting)
-        _integer("restarts", self.restarts, 1, MAX_RESTARTS)
-        _integer("seed", self.seed, 0, 2**63 - 1)
+        options = OPTIONS[self.method]
+        for name, check in _CHECKS.items():
+            value = getattr(self, name)
+            if value is _OF_METHOD:
+                object.__setattr__(self, name, options.get(name))
+            elif name in options:
+                check(name, value)
+            else:
+                raise ConfigError(
+                    f"{name} is {_shown(value)}, but method {self.method} has no such option; "
+                    f"it has {', '.join(options) or 'none'}",
+                    param=name,
+                )
 
     @classmethod
     def from_mapping(cls, fields: Mapping[str, Any], defaults: Self | None = None) -> Self:
         """Build a configuration from JSON-like `fields`, the rest taken from `defaults`.
 
+        Another method than that of `defaults` keeps their rank and takes its own options.
+
         Raises:
             ConfigError: a field is unknown or out of its domain.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        for name in fields:
+        for name, value in fields.items():
             if name not in known:
                 raise ConfigError(
                     f"unknown field {_shown(name)}; the fields are {', '.join(sorted(known))}",
                     param=name[:_SHOWN],
                 )
-        return dataclasses.replace(defaults or cls(), **fields)
+            if value is None:
+                raise ConfigError(f"{name} is None; leave it out for its default", param=name)
+        defaults = defaults or cls()
+        if fields.get("method", defaults.method) != defaults.method:
+            return cls(**{"rank": defaults.rank, **fields})
+        return dataclasses.replace(defaults, **fields)
 
-    def as_dict(self) -> dict[str, str | int | bool]:
-        """Return the fields as JSON-ready values, in the order of their declaration."""
-        return dataclasses.asdict(self)
+    def as_dict(self) -> dict[str, str | int | float | bool]:
+        """Return method, rank and the method's options, in the order of their declaration."""
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -99,6 +144,25 @@ def _integer(name: str, value: object, low: int, high: int) -> None:
 def _boolean(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise ConfigError(f"{name} is {_shown(value)}; it must be true or false", param=name)
+
+
+def _share(name: str, value: object) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value <= 1 or math.isnan(value):  # type: ignore[operator, arg-type]
+        raise ConfigError(
+            f"{name} is {_shown(value)}; it must be a number above 0, at most 1", param=name
+        )
+
+
+_CHECKS = {
+    "balance": _boolean,
+    "align_sign": _boolean,
+    "parameter_reweighting": lambda name, value: _one_of(name, value, NORM_NAMES),
+    "output_reweighting": _boolean,
+    "restarts": lambda name, value: _integer(name, value, 1, MAX_RESTARTS),
+    "seed": lambda name, value: _integer(name, value, 0, 2**63 - 1),
+    "density": _share,
+}
 
 
 def _shown(value: object) -> str:

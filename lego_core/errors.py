@@ -4,6 +4,8 @@
     ├── ConfigError               a merge configuration or weight that makes no sense
     ├── AdapterNotFoundError      no adapter at that place
     ├── AdapterFormatError        files that are not a readable PEFT LoRA adapter
+    ├── AdapterWriteError         an adapter that cannot be written where it was to go
+    ├── HubError                  the hub could not be reached, or did not deliver
     ├── AdapterChangedError       the files are no longer those that were asked for
     └── IncompatibleAdaptersError sound adapters that cannot be merged (or served) together
 
@@ -26,11 +28,19 @@ class ConfigError(LegoError):
 
 
 class AdapterNotFoundError(LegoError):
-    """The adapter's folder or one of its two files does not exist."""
+    """The adapter's folder, repository or one of its files does not exist, or may not be read."""
 
 
 class AdapterFormatError(LegoError):
     """The adapter's files cannot be read as a PEFT LoRA adapter, or use what cannot be merged."""
+
+
+class AdapterWriteError(LegoError):
+    """The adapter's folder is taken or cannot be written; what was there before is still there."""
+
+
+class HubError(LegoError):
+    """The hub could not be reached or did not deliver; it may work later."""
 
 
 class AdapterChangedError(LegoError):

@@ -7,26 +7,35 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, overload
+from itertools import pairwise
+from typing import Any, Literal, overload
 
 import torch
 
 from lego_core.adapter import LoraAdapter, LoraModule, content_digest
 from lego_core.config import MergeConfig
 from lego_core.errors import ConfigError, IncompatibleAdaptersError
-from lego_core.methods import METHODS, StackMerge
-from lego_core.units import StackPlan, disassemble, plan_stacks
+from lego_core.methods import METHODS
+from lego_core.plan import Group, plan_merge
+from lego_core.pool import open_pool
+from lego_core.threads import one_thread
+from lego_core.units import Merged, disassemble, refuse_overflow
 
 _HUB_NAME = re.compile(r"(?![.-])[\w.-]+/(?![.-])[\w.-]+")
 
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 """Raised whenever the same inputs would give other numbers: it is part of a merge's identity."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleReport:
-    """One merged module: its rank, the sizes of its non-empty clusters (largest first), and its
-    fidelity, the cosine between the merge and the exact weighted sum.
+    """One merged module.
+
+    Attributes:
+        rank: k.
+        cluster_sizes: of its non-empty clusters, largest first; empty for methods that do not
+            cluster.
+        fidelity: the cosine between the merge and the exact weighted sum.
     """
 
     rank: int
@@ -42,8 +51,8 @@ class MergeReport:
         modules: by module name.
         fidelity: <M, S> / (|M| |S|) of merge M and exact weighted sum S over all modules, from
             -1 to 1; 1 means that M is S up to one scale.
-        seconds: wall time by phase: `disassemble` (pool the units, form the Gram matrices),
-            `reassemble` (cluster, average, rescale) and `total`.
+        seconds: time by phase: `disassemble` (form the inner products), `reassemble` (decide and
+            make the merged units), on a CUDA device as that measures it, and `total`, wall time.
     """
 
     modules: Mapping[str, ModuleReport]
@@ -102,63 +111,90 @@ def merge_adapters(
         The merged adapter, and the report if asked for.
 
     Raises:
-        ConfigError: no adapters, or weights that do not fit them.
+        ConfigError: no adapters, weights that do not fit them, or a device or dtype that cannot be.
         IncompatibleAdaptersError: adapters of different base models or shapes, or numbers that
             overflow.
     """
-    clock = _Clock(synchronising=report)
+    started = time.perf_counter()
     config = config or MergeConfig()
+    method = METHODS[config.method]
     members = _in_canonical_order(adapters, weights)
     sources = [adapter for adapter, _ in members]
     gains = [weight for _, weight in members]
     _check_base_models(sources)
-    target = torch.device(device) if device is not None else _device_of(sources[0])
+    # With its index, as the device of a tensor has one.
+    wanted = _device_of(sources[0]) if device is None else _usable(device)
+    target = torch.empty(0, device=wanted).device
     if dtype is None:
         dtype = sources[0].dtype
         for source in sources[1:]:
             dtype = torch.promote_types(dtype, source.dtype)
+    if not dtype.is_floating_point:
+        raise ConfigError(f"dtype is {dtype}; it must be a floating-point one", param="dtype")
 
-    method = METHODS[config.method]
-    modules: dict[str, LoraModule] = {}
-    outcomes: list[tuple[StackPlan, StackMerge]] = []
-    for plan in plan_stacks(sources):
-        stack = disassemble(sources, gains, plan, balance=config.balance, device=target)
-        clock.lap("disassemble", target)
-        outcome = method(stack, config, sum(plan.ranks) / len(plan.ranks))
-        a, b = outcome.merged.a.to(dtype), outcome.merged.b.mT.contiguous().to(dtype)
-        _check_finite(outcome, plan, a, b)
-        modules.update(
-            (module_name, LoraModule(a[m].clone(), b[m].clone()))
-            for m, module_name in enumerate(plan.names)
-        )
-        outcomes.append((plan, outcome))
-        clock.lap("reassemble", target)
+    clock = _Clock(target)
+    outcomes: list[tuple[Group, Merged]] = []
+    with one_thread(target), torch.no_grad():
+        for group in plan_merge(sources):
+            pool = open_pool(group, sources, target, method.needs)
+            units = disassemble(
+                pool,
+                sources,
+                gains,
+                balance=method.balance(config),
+                peaks=method.needs_peaks(config),
+            )
+            clock.lap("disassemble")
+            outcomes.append((group, method.merge(units, config, dtype)))
+            clock.lap("reassemble")
 
     merged = LoraAdapter(
         name=name,
-        modules={module_name: modules[module_name] for module_name in sorted(modules)},
+        modules=_modules(outcomes),
         base_model=next((s.base_model for s in sources if s.base_model), None),
     )
-    return (merged, _report(outcomes, clock.seconds())) if report else merged
+    for group, outcome in outcomes:
+        _check_finite(group, outcome)
+    if not report:
+        return merged
+    seconds = clock.seconds() | {"total": time.perf_counter() - started}
+    return merged, _report(outcomes, config.rank, seconds)
+
+
+def _modules(outcomes: Sequence[tuple[Group, Merged]]) -> dict[str, LoraModule]:
+    modules: dict[str, LoraModule] = {}
+    for group, outcome in outcomes:
+        for block, (a, b) in zip(group.blocks, outcome.factors.blocks, strict=True):
+            for name, lora_a, lora_b in zip(block.names, a.unbind(), b.unbind(), strict=True):
+                modules[name] = LoraModule(lora_a, lora_b, is_embedding=block.is_embedding)
+    return {name: modules[name] for name in sorted(modules)}
 
 
 class _Clock:
-    """Wall time by phase; when synchronising, of the device too."""
+    """Time by phase: of the device where that is CUDA, which a wall clock runs ahead of."""
 
-    def __init__(self, *, synchronising: bool) -> None:
-        self._synchronising = synchronising
-        self._started = self._lapped = time.perf_counter()
-        self._phases = {"disassemble": 0.0, "reassemble": 0.0}
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = [("", self._now())]
 
-    def lap(self, phase: str, device: torch.device) -> None:
-        if self._synchronising and device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
-        now = time.perf_counter()
-        self._phases[phase] += now - self._lapped
-        self._lapped = now
+    def lap(self, phase: str) -> None:
+        """End a phase that began where the last one ended."""
+        self._marks.append((phase, self._now()))
 
     def seconds(self) -> dict[str, float]:
-        return self._phases | {"total": time.perf_counter() - self._started}
+        """Return the time spent in each phase, once the device is done."""
+        phases: dict[str, float] = {}
+        for (_, start), (phase, end) in pairwise(self._marks):
+            took = start.elapsed_time(end) * 1e-3 if self._on_cuda else end - start
+            phases[phase] = phases.get(phase, 0.0) + took
+        return phases
+
+    def _now(self) -> Any:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
 
 def _in_canonical_order(
@@ -201,14 +237,37 @@ def _is_finite(weight: object) -> bool:
         return False
 
 
-def _check_finite(merge: StackMerge, plan: StackPlan, a: torch.Tensor, b: torch.Tensor) -> None:
-    finite = torch.isfinite(a).all(dim=(1, 2)) & torch.isfinite(b).all(dim=(1, 2))
-    finite &= torch.isfinite(merge.merged.sum_square)
-    if not bool(finite.all()):
-        module = plan.names[int(finite.to(torch.uint8).argmin())]
-        raise IncompatibleAdaptersError(
-            f"module {module!r}: the merge overflows {a.dtype}; give its members smaller weights"
+def _check_finite(group: Group, outcome: Merged) -> None:
+    """Wait for a merge, and see that it fits its dtype.
+
+    Raises:
+        IncompatibleAdaptersError: it does not.
+    """
+    if outcome.factors.is_finite():
+        return
+    names = iter(group.names)
+    for a, b in outcome.factors.blocks:
+        for lora_a, lora_b, name in zip(a, b, names, strict=False):
+            if not (lora_a.isfinite().all() and lora_b.isfinite().all()):
+                raise IncompatibleAdaptersError(
+                    f"module {name!r}: the merge overflows {lora_a.dtype}; give its members smaller "
+                    "weights"
+                )
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        target = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device is {device!r}: {error}", param="device") from error
+    count = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(target.type, 0)
+    if (target.index or 0) >= count:
+        raise ConfigError(
+            f"device is {str(target)!r}; a merge is made on the CPU or a CUDA device, of which there "
+            f"are {torch.cuda.device_count()} here",
+            param="device",
         )
+    return target
 
 
 def _device_of(adapter: LoraAdapter) -> torch.device:
@@ -216,37 +275,24 @@ def _device_of(adapter: LoraAdapter) -> torch.device:
 
 
 def _report(
-    outcomes: Sequence[tuple[StackPlan, StackMerge]], seconds: Mapping[str, float]
+    outcomes: Sequence[tuple[Group, Merged]], rank: int, seconds: Mapping[str, float]
 ) -> MergeReport:
     modules: dict[str, ModuleReport] = {}
-    overlap = merged_square = sum_square = 0.0
-    for plan, outcome in outcomes:
-        sizes = outcome.sizes.long().tolist()
-        sums = zip(
-            outcome.merged.overlap.tolist(),
-            outcome.merged.merged_square.tolist(),
-            outcome.merged.sum_square.tolist(),
-            strict=True,
-        )
-        rank = outcome.merged.a.shape[1]
-        for module_name, of_module, (dot, square, exact) in zip(
-            plan.names, sizes, sums, strict=True
-        ):
+    sums = [0.0, 0.0, 0.0]
+    for group, outcome in outcomes:
+        sizes = [[]] * len(group.names) if outcome.sizes is None else outcome.sizes.long().tolist()
+        moments = outcome.moments()
+        rows = torch.stack([moments.overlap, moments.merged_square, moments.sum_square]).T.tolist()
+        for name, of_module, row in zip(group.names, sizes, rows, strict=True):
+            if not math.isfinite(row[2]):
+                refuse_overflow(name)
             filled = tuple(sorted((size for size in of_module if size), reverse=True))
-            modules[module_name] = ModuleReport(rank, filled, _cosine(dot, square, exact))
-            overlap, merged_square, sum_square = (
-                overlap + dot,
-                merged_square + square,
-                sum_square + exact,
-            )
-    return MergeReport(
-        modules=modules,
-        fidelity=_cosine(overlap, merged_square, sum_square),
-        seconds=seconds,
-    )
+            modules[name] = ModuleReport(rank, filled, _cosine(*row))
+            sums = [total + value for total, value in zip(sums, row, strict=True)]
+    return MergeReport(modules, _cosine(*sums), seconds)
 
 
 def _cosine(dot: float, square: float, other_square: float) -> float:
     if square <= 0 or other_square <= 0:
         return 1.0 if square <= 0 and other_square <= 0 else 0.0
-    return max(-1.0, min(1.0, dot / math.sqrt(square * other_square)))
+    return max(-1.0, min(1.0, dot / math.sqrt(square) / math.sqrt(other_square)))

@@ -234,3 +234,64 @@ def best_cosine(matrix: Array, rank: int) -> float:
 def relative_error(found: Array, wanted: Array) -> float:
     """|found - wanted| / |wanted|; against zero, |found| itself."""
     return float(np.linalg.norm(found - wanted) / (np.linalg.norm(wanted) or 1.0))
+
+
+def truncated(matrix: Array, rank: int) -> Array:
+    """The best approximation of this rank in Frobenius norm, by a dense SVD (Eckart and Young)."""
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    return (left[:, :rank] * values[:rank]) @ right[:rank]
+
+
+def trimmed(matrix: Array, density: float) -> Array:
+    """TIES (arXiv 2306.01708), algorithm 1, step 1: keep the entries of largest magnitude."""
+    kept = max(1, int(density * matrix.size))
+    out = np.zeros_like(matrix)
+    for flat in np.argsort(-np.abs(matrix), axis=None)[:kept]:
+        out.flat[flat] = matrix.flat[flat]
+    return out
+
+
+def elected_mean(matrices: Sequence[Array]) -> Array:
+    """TIES, steps 2 and 3: the sign of the sum, then the mean of the non-zero entries that have it."""
+    out = np.zeros_like(matrices[0])
+    for place in np.ndindex(out.shape):
+        entries = [float(matrix[place]) for matrix in matrices]
+        elected = np.sign(sum(entries))
+        agreeing = [entry for entry in entries if entry != 0 and np.sign(entry) == elected]
+        out[place] = np.mean(agreeing) if agreeing else 0.0
+    return out
+
+
+def ties_mean(matrices: Sequence[Array], density: float) -> Array:
+    return elected_mean([trimmed(matrix, density) for matrix in matrices])
+
+
+def knots_mean(deltas: Sequence[Array], density: float) -> Array:
+    """KnOTS-TIES (arXiv 2410.19735): SVD of the updates side by side, TIES on the right vectors.
+
+    Only the directions that the updates have: singular values above rounding.
+    """
+    left, values, right = np.linalg.svd(np.concatenate(deltas, axis=1), full_matrices=False)
+    alive = int((values > 1e-9 * values[0]).sum())
+    parts = np.split(right[:alive], len(deltas), axis=1)
+    merged: Array = (left[:, :alive] * values[:alive]) @ ties_mean(parts, density)
+    return merged
+
+
+def core_space_mean(members: Sequence[Sequence[Unit]], density: float) -> Array:
+    """Core Space (arXiv 2509.17786): TIES on the updates in the singular bases of all A and all B."""
+    units = [unit for member in members for unit in member]
+    basis_b = span(np.stack([unit.b for unit in units]))
+    basis_a = span(np.stack([unit.a for unit in units]))
+    cores = [
+        basis_b @ np.sum([unit.matrix for unit in member], axis=0) @ basis_a.T for member in members
+    ]
+    merged: Array = basis_b.T @ ties_mean(cores, density) @ basis_a
+    return merged
+
+
+def span(rows: Array) -> Array:
+    """The right singular vectors of non-zero singular values, as rows."""
+    _, values, right = np.linalg.svd(rows, full_matrices=False)
+    spanned: Array = right[values > 1e-6 * values[0]]
+    return spanned

@@ -12,14 +12,24 @@ from typing import NoReturn
 from vllm_lego.settings import Settings, SettingsError, flag_name, variable_name
 
 _PLUGIN = "lego"
+_SHELL = {
+    "merge": "merge LoRA adapters into one, a PEFT folder; no server, no vLLM",
+    "inspect": "what is in LoRA adapters, can they be merged, how alike are they",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] and arguments[0] in _SHELL:
+        from vllm_lego.shell.main import main as shell  # noqa: PLC0415  imports torch
+
+        return shell(arguments)
     parser = argparse.ArgumentParser(prog="vllm-lego", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_serve(commands)
+    for command, what in _SHELL.items():
+        commands.add_parser(command, help=what)
     _add_demo(commands)
     options, rest = parser.parse_known_args(arguments)
     if options.command == "serve":

@@ -96,7 +96,7 @@ def test_saved_merge_loads_as_it_was(
     tmp_path: Path, weighted: tuple[list[LoraAdapter], list[float]], config: MergeConfig
 ) -> None:
     merged = merge_adapters(weighted[0], config, weights=weighted[1])
-    save_adapter(merged, tmp_path / "out")
+    save_adapter(merged, tmp_path / "out", overwrite=True)
     loaded = load_adapter(tmp_path / "out")
     assert list(loaded.modules) == list(merged.modules)
     for name, module in loaded.modules.items():
@@ -120,7 +120,7 @@ def test_saved_scaling_and_base_model_come_back(tmp_path: Path) -> None:
 
 def test_saving_leaves_only_the_two_files(tmp_path: Path) -> None:
     for seed in (0, 1):
-        save_adapter(strategies.adapter("a", seed, 2), tmp_path)
+        save_adapter(strategies.adapter("a", seed, 2), tmp_path, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}
     wanted = strategies.module(1, 2).lora_a
     assert torch.equal(load_adapter(tmp_path).modules["q_proj"].lora_a, wanted)
@@ -242,7 +242,20 @@ def test_initialisations_that_keep_the_base_model_are_accepted(tmp_path: Path, i
     assert load_adapter(write(tmp_path, CONFIG | {"init_lora_weights": init})).rank == 2
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\xff", b"[" * 100_000, b"9" * 5000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe\xff",
+        json.dumps(CONFIG).encode("utf-16"),
+        b"[" * 100_000,
+        b"9" * 5000,
+        b'{"r": 1, "r": 2}',
+        b'{"x": [{"y": 1, "y": 1}]}',
+        b'{"x": "\\ud800"}',
+    ],
+)
 def test_configuration_that_is_not_json(tmp_path: Path, content: bytes) -> None:
     assert "is not JSON" in refusal(write(tmp_path, content))
 
@@ -279,7 +292,9 @@ def test_hostile_configuration_gives_nothing_but_a_format_error(
     refusal(write(tmp_path, CONFIG | fields))
 
 
-@pytest.mark.parametrize("key", ["(a+)+b", "(a|a)*b", "(ab){2,}", "a" * 257])
+@pytest.mark.parametrize(
+    "key", ["(a+)+b", "(a|a)*b", "(ab){2,}", "a" * 257, ".*.*.*.*z", "a?" * 30, "(a|a)" * 30]
+)
 def test_hostile_pattern_is_refused(tmp_path: Path, key: str) -> None:
     assert "rank_pattern" in refusal(write(tmp_path, CONFIG | {"rank_pattern": {key: 2}}))
 
@@ -300,12 +315,20 @@ def test_values_that_are_not_finite(tmp_path: Path, key: str, half: str, value: 
     assert f"{Q_PROJ!r}: {half} holds NaN or Inf" in refusal(write(tmp_path, weights=weights))
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
-def test_weights_of_other_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "named"),
+    [
+        (torch.int8, "I8"),
+        (torch.int64, "I64"),
+        (torch.bool, "BOOL"),
+        (torch.float8_e4m3fn, "F8_E4M3"),
+    ],
+)
+def test_weights_of_other_dtypes(tmp_path: Path, dtype: torch.dtype, named: str) -> None:
     weights = tensors()
     weights[A_KEY] = torch.zeros(2, 7).to(dtype)
     message = refusal(write(tmp_path, weights=weights))
-    assert f"{Q_PROJ!r}: lora_A is {dtype}" in message
+    assert f"{Q_PROJ!r}: lora_A is {named};" in message
 
 
 def test_rank_of_the_weights_must_be_that_of_the_configuration(tmp_path: Path) -> None:
@@ -328,7 +351,11 @@ def test_halves_of_different_ranks(tmp_path: Path) -> None:
         "base_model.model.lm_head.weight",
         f"base_model.model.{Q_PROJ}.lora_magnitude_vector.weight",
         f"base_model.model.{Q_PROJ}.lora_B.bias",
-        "base_model.model.model.embed_tokens.lora_embedding_A",
+        "base_model.model.model.embed_tokens.weight",
+        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+        f"base_model.model.{Q_PROJ}.base_layer.weight",
+        "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight",
+        "base_model.model..lora_A.weight",
     ],
 )
 def test_tensor_that_is_no_lora_weight_is_named(tmp_path: Path, key: str) -> None:

@@ -27,7 +27,10 @@ BAD_FIELDS = [
     ("rank", None),
     ("balance", 1),
     ("balance", "true"),
-    ("align_sign", None),
+    ("density", 0),
+    ("density", 1.5),
+    ("density", True),
+    ("density", float("nan")),
     ("align_sign", 0),
     ("parameter_reweighting", "l1"),
     ("parameter_reweighting", False),
@@ -45,6 +48,8 @@ BAD_FIELDS = [
 @pytest.mark.parametrize(("field", "value"), BAD_FIELDS)
 def test_bad_field_is_refused_by_name_and_value(field: str, value: object) -> None:
     fields: dict[str, Any] = {field: value}
+    if field == "density":
+        fields["method"] = "ties"
     for build in (lambda: MergeConfig(**fields), lambda: MergeConfig.from_mapping(fields)):
         with pytest.raises(ConfigError) as caught:
             build()
@@ -59,6 +64,28 @@ def test_bad_field_is_refused_by_name_and_value(field: str, value: object) -> No
 )
 def test_bounds_themselves_are_allowed(fields: dict[str, Any]) -> None:
     assert MergeConfig(**fields).as_dict().items() >= fields.items()
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "value"),
+    [("svd", "restarts", 4), ("lego-paper", "balance", True), ("lego", "density", 0.2)],
+)
+def test_option_of_another_method_is_refused(method: str, field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"{field} is .* {method} has no such option") as caught:
+        MergeConfig.from_mapping({"method": method, field: value})
+    assert caught.value.param == field
+
+
+def test_another_method_than_the_default_takes_its_own_options_and_the_rank() -> None:
+    defaults = MergeConfig(rank=8, restarts=7, seed=3)
+    changed = MergeConfig.from_mapping({"method": "ties"}, defaults)
+    assert changed == MergeConfig(method="ties", rank=8)
+    assert changed.as_dict() == {"method": "ties", "rank": 8, "density": 0.2}
+
+
+def test_null_is_no_way_to_leave_a_field_out() -> None:
+    with pytest.raises(ConfigError, match="align_sign is None"):
+        MergeConfig.from_mapping({"align_sign": None})
 
 
 def test_unknown_field_is_refused_by_name() -> None:

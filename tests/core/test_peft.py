@@ -12,8 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lego_core import (
     AdapterFormatError,
+    IncompatibleAdaptersError,
     LoraAdapter,
     MergeConfig,
+    check_shapes,
     load_adapter,
     merge_adapters,
     save_adapter,
@@ -104,13 +106,13 @@ def test_merge_that_we_save_loads_in_peft_with_the_same_update(
 
 
 def test_modules_that_share_a_name_with_ours_get_no_update_in_peft(tmp_path: Path) -> None:
-    """PEFT's `target_modules` are the ends of names: it wraps layer 1 too, as zero."""
+    """`target_modules` are ends of names for PEFT: in full, they name no module of layer 1."""
     name = "model.layers.0.self_attn.q_proj"
     module = strategies.module(0, 3, 16, 16, scaling=0.5, dtype=torch.float32)
     save_adapter(LoraAdapter("one layer", {name: module}), tmp_path)
     found = peft_deltas(PeftModel.from_pretrained(LlamaForCausalLM(LLAMA), tmp_path))
     assert_close(found.pop(name), module.delta())
-    assert not any(delta.any() for delta in found.values())
+    assert not found
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,6 @@ def test_modules_that_share_a_name_with_ours_get_no_update_in_peft(tmp_path: Pat
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
     ],
 )
 def test_what_peft_saves_of_other_kinds_is_refused(
@@ -131,3 +132,34 @@ def test_what_peft_saves_of_other_kinds_is_refused(
     save_with_peft(tmp_path / "sql", **options)
     with pytest.raises(AdapterFormatError, match=f"'sql'.*{named}"):
         load_adapter(tmp_path / "sql")
+
+
+def test_embedding_and_head_come_back_as_they_were(tmp_path: Path) -> None:
+    targets = ["embed_tokens", "lm_head", "q_proj"]
+    model = save_with_peft(tmp_path / "a", target_modules=targets, use_rslora=True)
+    adapter = load_adapter(tmp_path / "a")
+    embedding = adapter.modules["model.embed_tokens"]
+    assert embedding.is_embedding
+    assert not adapter.modules["lm_head"].is_embedding
+    assert_close(embedding.delta().T, peft_deltas(model)["model.embed_tokens"])
+    check_shapes([adapter], config_of(tmp_path))
+    save_adapter(adapter, tmp_path / "out", provenance={"members": ["a"]})
+    again = PeftModel.from_pretrained(model.unload(), tmp_path / "out")
+    tokens = torch.arange(8)[None]
+    wanted = PeftModel.from_pretrained(LlamaForCausalLM(LLAMA), tmp_path / "a")
+    wanted.load_state_dict(again.state_dict(), strict=True)
+    assert torch.allclose(again.eval()(tokens).logits, wanted.eval()(tokens).logits, atol=1e-4)
+    assert peft_deltas(again).keys() == adapter.modules.keys()
+
+
+def config_of(folder: Path) -> Path:
+    LLAMA.architectures = ["LlamaForCausalLM"]
+    LLAMA.save_pretrained(folder)
+    return folder
+
+
+def test_shapes_that_disagree_with_the_base_model(tmp_path: Path) -> None:
+    for name, message in (("q_proj", "no linear layer"), ("lm_head", "'lm_head'.*from 7 to 5")):
+        adapter = LoraAdapter("sql", {name: strategies.module(0, 2)})
+        with pytest.raises(IncompatibleAdaptersError, match=f"'sql'.*{message}"):
+            check_shapes([adapter], config_of(tmp_path))
