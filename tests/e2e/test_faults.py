@@ -170,7 +170,7 @@ def test_source_replaced_in_place(tiny, member):
         name: LoraModule(-module.lora_a, module.lora_b, module.scaling)
         for name, module in load_adapter(member).modules.items()
     }
-    save_adapter(LoraAdapter("x", changed), member)
+    save_adapter(LoraAdapter("x", changed), member, overwrite=True)
     after = ask(tiny, wanted)
     assert after.headers["x-lego-model"] != before.headers["x-lego-model"]
     assert tokens(after) != tokens(before)  # no cached block of the old weights was used
@@ -186,7 +186,7 @@ def test_source_with_a_nan(tiny, member):
     modules = dict(load_adapter(member).modules)
     name, module = next(iter(modules.items()))
     modules[name] = LoraModule(torch.full_like(module.lora_a, torch.nan), module.lora_b)
-    save_adapter(LoraAdapter("x", modules), member)
+    save_adapter(LoraAdapter("x", modules), member, overwrite=True)
     refused(ask(tiny, new_set()), 422, f"module '{name}': lora_A holds NaN or Inf")
 
 

@@ -121,7 +121,9 @@ def test_it_lives_as_long_as_somebody_holds_it(folders):
 def test_a_member_that_changed_is_refused(folders):
     recipe = recipe_of(folders)
     other = load_adapter(folders["a"])
-    save_adapter(LoraAdapter("b", {k: other.modules[k] for k in ["layer.0"]}), folders["b"])
+    save_adapter(
+        LoraAdapter("b", {k: other.modules[k] for k in ["layer.0"]}), folders["b"], overwrite=True
+    )
     status = finished(area(), recipe)
     assert (status["state"], status["error"]) == ("failed", "AdapterChangedError")
     assert "'b' changed on disk" in status["message"]
