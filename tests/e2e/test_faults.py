@@ -190,21 +190,11 @@ def test_source_with_a_nan(tiny, member):
     refused(ask(tiny, new_set()), 422, f"module '{name}': lora_A holds NaN or Inf")
 
 
-def test_source_that_never_answers(tiny, member):
-    """A pipe that nobody writes to, as a network volume that hangs."""
+def test_source_replaced_by_a_pipe(tiny, member):
+    """Nobody writes to it: reading it would wait for ever."""
     (member / WEIGHTS).unlink()
     os.mkfifo(member / WEIGHTS)
-    try:
-        before = errors(tiny, "timeout")
-        with ThreadPoolExecutor(2) as pool:
-            stuck = [pool.submit(ask, tiny, new_set()) for _ in range(2)]
-            assert tokens(ask(tiny, ["adapter2", "adapter3"]))
-            for answer in stuck:
-                refused(answer.result(), 504, f"took longer than {LIMIT_S} s")
-        assert errors(tiny, "timeout") == before + 2
-    finally:  # let the reader go
-        with (member / WEIGHTS).open("wb"):
-            pass
+    refused(ask(tiny, new_set()), 422, "'adapter0'")
 
 
 @pytest.fixture
