@@ -3,14 +3,17 @@
 | patch | why | how | can go when |
 | --- | --- | --- | --- |
 | `lora_model_runner_mixin.LRUCacheWorkerLoRAManager` | vLLM loads an adapter from a path, on the engine's loop | a subclass whose `_load_adapter` takes finished tensors for a `lego://` path; everything else is vLLM's | LoRARequest can carry tensors |
-| `WorkerBase.lego_stage`, `.lego_discard` | a worker has no way to start work off the loop | two methods more, called through `collective_rpc` | vLLM has a registry of worker methods |
+| `WorkerBase.lego_stage`, `.lego_discard`, `.lego_kept` | a worker has no way to start work off the loop | three methods more, called through `collective_rpc` | vLLM has a registry of worker methods |
 | `torch_ops.bgmv_shrink`, on the CPU platform only | in a batch with LoRA requests it gives requests of the base model the adapter of the last slot | its result is zeroed for tokens without an adapter, as the GPU kernels do | vLLM pull request 48421 or its like is in the oldest version supported |
 | `OpenAIServingModels.show_available_models` (one instance) | `/v1/models` would list every merge ever served | filters them out of the list | adapters can be served without being listed |
+| `PrometheusStatLogger.gauge_lora_info` (one instance) | its labels list the adapters running at once, so that each combination of merges makes a series for ever | to it all merges are one, `lego` | it has bounded labels |
 | `app.router.middleware_stack` (one instance) | `--middleware` runs before the API-key check | wrapped by our ASGI class, inside vLLM's own middleware | endpoint plugins can add middleware |
 """
 
 from __future__ import annotations
 
+import asyncio
+import os
 import uuid
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,8 +23,9 @@ from typing import Any
 import torch
 
 from lego_core import IncompatibleAdaptersError, LoraAdapter
+from vllm_lego.identity import MERGE_ID
 from vllm_lego.recipe import SCHEME, Recipe
-from vllm_lego.settings import SettingsError
+from vllm_lego.settings import Settings
 from vllm_lego.worker import StagingArea
 
 
@@ -43,7 +47,15 @@ def install_worker_patches() -> None:
             model = super().create_lora_manager(*args, **kwargs)
             vllm_config = kwargs.get("vllm_config") or args[1]
             check = _member_check(self, vllm_config)
-            self.lego_staging = StagingArea(self.device, self.lora_config.lora_dtype, check)
+            parallel = vllm_config.parallel_config
+            self.lego_staging = StagingArea(
+                self.device,
+                self.lora_config.lora_dtype,
+                check,
+                Settings.from_environment(os.environ),
+                rank=parallel.rank,
+                workers=parallel.world_size,
+            )
             return model
 
         def _load_adapter(self, lora_request: Any) -> Any:
@@ -57,8 +69,12 @@ def install_worker_patches() -> None:
     LegoWorkerLoRAManager.lego_staging = None  # type: ignore[assignment]
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = LegoWorkerLoRAManager
 
-    def lego_stage(self: Any, recipe: str, holder: str) -> dict[str, Any]:
-        return _staging(self).stage(Recipe.decode(recipe), holder)
+    def lego_stage(self: Any, recipes: list[str], holder: str) -> dict[str, Any]:
+        return _staging(self).stage(map(Recipe.decode, recipes), holder)
+
+    def lego_kept(self: Any) -> list[tuple[str, int, float]]:
+        kept = _staging(self).tiers.in_host_memory()
+        return [(merge.recipe.encode(), merge.nbytes, merge.fidelity) for merge in kept]
 
     def lego_discard(self: Any, merge_id: str, engine_id: int, holder: str) -> bool:
         gone = _staging(self).discard(merge_id, holder)
@@ -67,6 +83,7 @@ def install_worker_patches() -> None:
         return gone
 
     worker_base.WorkerBase.lego_stage = lego_stage
+    worker_base.WorkerBase.lego_kept = lego_kept
     worker_base.WorkerBase.lego_discard = lego_discard
     if current_platform.is_cpu():
         _keep_the_base_model_apart()
@@ -123,10 +140,6 @@ def _lora_model(manager: Any, adapter: LoraAdapter, lora_int_id: int) -> Any:
     for name, module in adapter.modules.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = module.lora_a
         tensors[f"base_model.model.{name}.lora_B.weight"] = module.lora_b
-    if manager.device.type == "cuda":
-        # Made on the staging stream: not to be reused before this stream has copied them.
-        for tensor in tensors.values():
-            tensor.record_stream(torch.cuda.current_stream(manager.device))
     targets = sorted({name.rpartition(".")[2] for name in adapter.modules})
     return manager._lora_model_cls.from_lora_tensors(
         lora_model_id=lora_int_id,
@@ -221,9 +234,6 @@ class Engine:
     Args:
         client: vLLM's `EngineClient`.
         state: the FastAPI application's state.
-
-    Raises:
-        SettingsError: the server is set up in a way that is not supported.
     """
 
     def __init__(self, client: Any, state: Any) -> None:
@@ -232,17 +242,15 @@ class Engine:
         self._holder = uuid.uuid4().hex
         lora_config = state.vllm_config.lora_config
         parallel = state.vllm_config.parallel_config
-        if parallel.data_parallel_size > 1:
-            raise SettingsError(
-                f"vllm-lego does not support --data-parallel-size {parallel.data_parallel_size} "
-                "yet: run one server per replica"
-            )
         self.api_servers: int = getattr(parallel, "_api_process_count", 1)
+        self.workers_per_engine: int = parallel.world_size
+        self.slots: int = lora_config.max_loras
         self.max_rank: int = lora_config.max_lora_rank
         self.dtype: str = str(lora_config.lora_dtype).removeprefix("torch.")
         self.base_model: str = self._models.base_model_paths[0].name
         self.adapters: Mapping[str, str] = _NativeAdapters(self._models.lora_requests)
         _hide_merges(self._models)
+        _bound_the_labels(client)
 
     def is_base_model(self, name: str) -> bool:
         """Whether `name` is one of the names of the base model."""
@@ -252,9 +260,22 @@ class Engine:
         """Whether vLLM answers to this model name now."""
         return self.is_base_model(name) or name in self._models.lora_requests
 
-    async def stage(self, recipe: Recipe) -> list[dict[str, Any]]:
-        """Start or poll a merge on every worker; see `StagingArea.stage`."""
-        return await self._rpc("lego_stage", recipe.encode(), self._holder)
+    def in_flight(self) -> set[str]:
+        """Return the names of all adapters and merges that vLLM has requests of now.
+
+        A client that leaves ends its HTTP request before its request leaves the engine.
+        """
+        states = self._client.output_processor.request_states.values()
+        return {state.lora_name for state in states if state.lora_name is not None}
+
+    async def stage(self, recipes: Iterable[Recipe]) -> list[dict[str, Any]]:
+        """Start or poll merges on every worker; see `StagingArea.stage`."""
+        return await self._rpc("lego_stage", [recipe.encode() for recipe in recipes], self._holder)
+
+    async def kept(self) -> list[tuple[Recipe, int, float]]:
+        """Return the merges in the first worker's host memory, with bytes and fidelity."""
+        first, *_ = await self._rpc("lego_kept")
+        return [(Recipe.decode(recipe), nbytes, fidelity) for recipe, nbytes, fidelity in first]
 
     async def discard(self, merge_id: str, engine_id: int) -> None:
         """Let go of a merge on every worker, and free its slot if nobody holds it."""
@@ -275,8 +296,22 @@ class Engine:
         self._models.lora_requests.pop(merge_id, None)
 
     async def _rpc(self, method: str, *args: Any) -> list[Any]:
-        results: list[Any] = await self._client.collective_rpc(method, args=args)
-        return results
+        """Call a method on every worker of every engine.
+
+        With data parallelism vLLM's `collective_rpc` also asks all engines, but returns what the
+        first of them answers.
+        """
+        core = self._client.engine_core
+        engines = getattr(core, "core_engines", ())
+        if len(engines) < 2:
+            return list(await self._client.collective_rpc(method, args=args))
+        answers = await asyncio.gather(
+            *(
+                core._call_utility_async("collective_rpc", method, None, args, None, engine=engine)
+                for engine in engines
+            )
+        )
+        return [worker for engine in answers for worker in engine]
 
 
 def _hide_merges(models: Any) -> None:
@@ -288,6 +323,31 @@ def _hide_merges(models: Any) -> None:
         return listed
 
     models.show_available_models = show_available_models
+
+
+class _MergesAsOne:
+    """vLLM's gauge of the adapters that run or wait, for which all merges have one name."""
+
+    def __init__(self, gauge: Any) -> None:
+        self._gauge = gauge
+
+    def labels(self, **labels: Any) -> Any:
+        return self._gauge.labels(
+            **{
+                label: ",".join({MERGE_ID.sub("lego", name): None for name in value.split(",")})
+                if isinstance(value, str)
+                else value
+                for label, value in labels.items()
+            }
+        )
+
+
+def _bound_the_labels(client: Any) -> None:
+    manager = getattr(client, "logger_manager", None)  # None with --disable-log-stats
+    for stat_logger in getattr(manager, "stat_loggers", ()):
+        gauge = getattr(stat_logger, "gauge_lora_info", None)
+        if gauge is not None:
+            stat_logger.gauge_lora_info = _MergesAsOne(gauge)
 
 
 def has_lora(state: Any) -> bool:

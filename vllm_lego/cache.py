@@ -9,10 +9,9 @@ Imports neither torch nor vLLM.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import cachetools
 
@@ -22,17 +21,13 @@ class CachedMerge:
     """One merge that can be served.
 
     Attributes:
-        engine_id: vLLM's integer id of it.
-        members: weight by adapter name.
-        config: the merge configuration's fields.
+        recipe: how it was made, encoded.
         nbytes: size of its tensors on one worker, in bytes.
         fidelity: cosine to the exact weighted sum.
         hits: requests served from it since it was merged.
     """
 
-    engine_id: int
-    members: dict[str, float]
-    config: dict[str, Any]
+    recipe: str
     nbytes: int
     fidelity: float
     hits: int = 0
@@ -43,13 +38,20 @@ class CacheFullError(Exception):
 
 
 class MergedAdapterCache(cachetools.LRUCache[str, CachedMerge]):
-    """A byte-bounded LRU by merge id that never evicts a pinned merge.
+    """A byte-bounded LRU by merge id that never evicts a merge in use.
 
     `evicted` collects what `__setitem__` pushed out, for the caller to release on the workers.
+
+    Args:
+        max_bytes: of all merges together.
+        in_flight: tells which merges are in use besides those that are pinned.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(
+        self, max_bytes: int, in_flight: Callable[[], Collection[str]] = frozenset
+    ) -> None:
         super().__init__(max_bytes, getsizeof=lambda merge: merge.nbytes)
+        self._in_flight = in_flight
         self.evicted: list[tuple[str, CachedMerge]] = []
         self._pins: Counter[str] = Counter()
 
@@ -69,13 +71,14 @@ class MergedAdapterCache(cachetools.LRUCache[str, CachedMerge]):
         return {merge_id: cachetools.Cache.__getitem__(self, merge_id) for merge_id in self}
 
     def __setitem__(self, merge_id: str, merge: CachedMerge) -> None:
-        """Store a merge, evicting the least recently used unpinned ones.
+        """Store a merge, evicting the least recently used ones that are not in use.
 
         Raises:
-            CacheFullError: it does not fit beside what is pinned; nothing was evicted.
+            CacheFullError: it does not fit beside what is in use; nothing was evicted.
         """
         # Reading them also makes them the last used: what is evicted below is not in use.
-        others = [self[i].nbytes for i in self._pins if i in self and i != merge_id]
+        used = {*self._pins, *self._in_flight()} - {merge_id}
+        others = [self[i].nbytes for i in used if i in self]
         if sum(others) + merge.nbytes > self.maxsize:
             raise CacheFullError
         super().__setitem__(merge_id, merge)

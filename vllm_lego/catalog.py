@@ -43,6 +43,9 @@ class Catalog:
         self._known: LRUCache[_Key, CatalogEntry] = LRUCache(_REMEMBERED)
         self._reading: dict[_Key, asyncio.Task[CatalogEntry]] = {}
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._served
+
     def names(self) -> list[str]:
         """Return the names that a request may use."""
         return sorted(self._served)

@@ -7,7 +7,10 @@ ServingError
 ├── BodyTooLargeError     413  the body is over the limit
 ├── UnmergeableError      422  adapters that cannot be merged or served together
 ├── MergeFailedError      500  the server's own fault; its log says more
-├── BusyError             503  try again later: queue or cache full, or a member just changed
+│   └── WorkersDisagreeError   the workers made different merges of one recipe
+├── BusyError             503  try again later: the queue is full
+│   ├── MemberChangedError     a member's files changed since the request came
+│   └── NoMemoryError          the workers have too little memory for the merge now
 └── MergeTimeoutError     504  the merge took longer than the limit
 """
 
@@ -79,11 +82,29 @@ class MergeFailedError(ServingError):
     status, reason, kind = 500, "internal", "InternalServerError"
 
 
+class WorkersDisagreeError(MergeFailedError):
+    """The workers of a server hold different merges, none of which can be trusted."""
+
+    reason = "workers_disagree"
+
+
 class BusyError(ServingError):
     """The server has no room for this set now."""
 
     status, reason, kind = 503, "busy", "ServiceUnavailableError"
     headers: ClassVar[dict[str, str]] = {"retry-after": "1"}
+
+
+class MemberChangedError(BusyError):
+    """A member's files are not those that its digest was taken of; the next look finds the new."""
+
+    reason = "member_changed"
+
+
+class NoMemoryError(BusyError):
+    """A worker has too little memory to make the merge."""
+
+    reason = "out_of_memory"
 
 
 class MergeTimeoutError(ServingError):

@@ -11,7 +11,7 @@ import hmac
 import json
 import re
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any
 
 from vllm_lego.adapter_set import (
@@ -52,6 +52,9 @@ _SET_AS_MODEL = re.compile(
 )
 
 
+_MODEL = re.compile(rb'"model"\s*:\s*"([^"\\]*)"')
+
+
 class Interception:
     """Wraps the application. `service` and `keys` are set once the engine is up."""
 
@@ -85,7 +88,8 @@ class Interception:
             await self._refuse(error, send)
             return
         if found is None:
-            await self.app(scope, _replay(body, receive), send)
+            async with self._turn(body):
+                await self.app(scope, _replay(body, receive), send)
             return
         request, context = found
         try:
@@ -139,6 +143,18 @@ class Interception:
         )
         _refuse_background(request)
         return request, service.serving(wanted, param="model")
+
+    def _turn(self, body: bytes) -> AbstractAsyncContextManager[None]:
+        """Return what a request without a set waits for: a slot, if it names one of vLLM's adapters."""
+        named = [name.decode(errors="replace") for name in _MODEL.findall(body)]
+        if self.service is None or not any(name in self.service.catalog for name in named):
+            return nullcontext()
+        try:
+            request = json.loads(body)
+        except (ValueError, RecursionError):
+            return nullcontext()
+        model = request.get("model") if isinstance(request, dict) else None
+        return self.service.serving_native(model) if isinstance(model, str) else nullcontext()
 
     def _authorised_service(self, scope: Scope) -> LegoService:
         """Check the key again: vLLM leaves some routes, `/tokenize` for one, open to anybody."""

@@ -32,6 +32,11 @@ class Recipe:
     members: tuple[Member, ...]
     config: MergeConfig
 
+    @property
+    def content(self) -> tuple[list[tuple[str, float]], MergeConfig]:
+        """What decides the numbers: content and weight of each member, and the configuration."""
+        return sorted((member.digest, member.weight) for member in self.members), self.config
+
     def encode(self) -> str:
         """Return it as a `lego://` string."""
         fields = {

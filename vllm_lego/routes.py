@@ -7,8 +7,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
+from vllm_lego.cache import CachedMerge
 from vllm_lego.errors import BadRequestError, ServingError
 from vllm_lego.interception import OWN_PREFIX
+from vllm_lego.recipe import Recipe
 from vllm_lego.service import LegoService
 
 router = APIRouter(tags=["adapters"])
@@ -25,27 +27,27 @@ async def list_adapters(request: Request) -> JSONResponse:
 
 @router.get(OWN_PREFIX + "/merged")
 async def list_merges(request: Request) -> JSONResponse:
-    """List the cached merges, in no particular order."""
+    """List the merges that need no merging and where they are, in no particular order."""
     service = _service(request)
     if isinstance(service, JSONResponse):
         return service
-    return _listing(
-        [
-            {
-                "id": identity,
-                "object": "merged_adapter",
-                "members": [{"name": n, "weight": w} for n, w in merge.members.items()],
-                "method": merge.config["method"],
-                "rank": merge.config["rank"],
-                "merge": merge.config,
-                "bytes": merge.nbytes,
-                "fidelity": merge.fidelity,
-                "hits": merge.hits,
-                "tier": "device",
-            }
-            for identity, merge in service.cache.snapshot().items()
-        ]
-    )
+    return _listing([_described(tier, merge) for tier, merge in await service.merges()])
+
+
+def _described(tier: str, merge: CachedMerge) -> dict[str, Any]:
+    recipe = Recipe.decode(merge.recipe)
+    return {
+        "id": recipe.merge_id,
+        "object": "merged_adapter",
+        "members": [{"name": member.name, "weight": member.weight} for member in recipe.members],
+        "method": recipe.config.method,
+        "rank": recipe.config.rank,
+        "merge": recipe.config.as_dict(),
+        "bytes": merge.nbytes,
+        "fidelity": merge.fidelity,
+        "hits": merge.hits,
+        "tier": tier,
+    }
 
 
 async def _describe(service: LegoService, name: str) -> dict[str, Any]:

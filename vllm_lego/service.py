@@ -8,35 +8,46 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NoReturn
+
+from cachetools import LRUCache
 
 from lego_core import LegoError, MergeConfig
 from vllm_lego._vllm import Engine
 from vllm_lego.adapter_set import AdapterSet
 from vllm_lego.cache import CachedMerge, CacheFullError, MergedAdapterCache
-from vllm_lego.catalog import Catalog
+from vllm_lego.catalog import Catalog, CatalogEntry
 from vllm_lego.errors import (
     BadRequestError,
     BusyError,
+    MemberChangedError,
     MergeFailedError,
     MergeTimeoutError,
+    NoMemoryError,
     ServingError,
+    UnknownAdapterError,
     UnmergeableError,
+    WorkersDisagreeError,
 )
 from vllm_lego.identity import engine_id, merge_id
 from vllm_lego.metrics import Metrics
 from vllm_lego.recipe import Member, Recipe
 from vllm_lego.settings import Settings, SettingsError
+from vllm_lego.slots import Slots
+from vllm_lego.staging import Stager
+from vllm_lego.store import MergeStore
 
 logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
 
 Result = Literal["hit", "miss", "coalesced"]
 
-_FIRST_POLL_S = 0.005
-_SLOWEST_POLL_S = 0.05
+_ROOM_POLL_S = 0.01
+_REMEMBERED = 4096
+_TIERS = ("host", "disk", "merge")  # fastest first
 _UNMERGEABLE = {"AdapterFormatError", "AdapterNotFoundError", "IncompatibleAdaptersError"}
 
 
@@ -57,14 +68,23 @@ class LegoService:
     def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
         self.catalog = Catalog(engine.adapters)
-        # The workers keep the union of what the API servers keep.
-        self.cache = MergedAdapterCache(settings.device_cache_bytes // engine.api_servers)
+        # The workers keep the union of what the API servers keep, and the engine runs it.
+        self.cache = MergedAdapterCache(
+            settings.device_cache_bytes // engine.api_servers, engine.in_flight
+        )
+        self.slots = Slots(max(1, engine.slots // engine.api_servers), settings.slot_quantum_s)
+        self.store = _store(settings, metrics)
         self.metrics = metrics
         self._engine = engine
         self.base_model = engine.base_model
         self.is_base_model = engine.is_base_model
         self.is_served = engine.is_served
-        self._merging: dict[str, asyncio.Task[None]] = {}
+        self._stager = Stager(engine.stage, metrics.observe_workers)
+        # More than the workers make at a time would only fill their devices.
+        self._turns = asyncio.Semaphore(settings.merge_threads)
+        self._merging: dict[str, tuple[Recipe, asyncio.Task[str]]] = {}
+        # Merges that left the device: another tier may have them, their members make them again.
+        self._left: LRUCache[str, CachedMerge] = LRUCache(_REMEMBERED)
         self._defaults = _default_config(settings, engine.max_rank)
 
     @asynccontextmanager
@@ -80,35 +100,95 @@ class LegoService:
         """
         if wanted.is_single:  # vLLM serves it as it is, mergeable or not
             (name,) = self.catalog.check_names(wanted.weights, param=param)
-            yield Serving(name)
+            async with self.serving_native(name):
+                yield Serving(name)
             return
         config = self._config(wanted)
-        entries = await self.catalog.look_up(wanted.weights, param=param)
+        entries = await self._look_up(wanted, param)
         members = tuple(
             Member(entry.name, entry.path, entry.digest, wanted.weights[entry.name])
             for entry in entries
         )
-        recipe = self._recipe(members, config)
-        with self.cache.pinned(recipe.merge_id):
-            result = await self._obtain(recipe)
-            self.metrics.requests.labels(result).inc()
-            yield Serving(recipe.merge_id, result)
+        async with self._serving_recipe(self._recipe(members, config)) as serving:
+            yield serving
 
     @asynccontextmanager
     async def serving_known(self, identity: str) -> AsyncIterator[Serving | None]:
         """As `serving`, for a merge id that a client sends back. None when it is not known."""
-        with self.cache.pinned(identity):
-            result: Result = "hit"
-            if identity in self._merging:  # it has room in the cache before it can be served
-                await asyncio.shield(self._merging[identity])
-                result = "coalesced"
-            merge = self.cache.get(identity)
-            if merge is None:
-                yield None
-                return
-            merge.hits += 1
-            self.metrics.requests.labels(result).inc()
-            yield Serving(identity, result)
+        recipe = await self._known(identity)
+        if recipe is None:
+            yield None
+            return
+        async with AsyncExitStack() as stack:
+            try:
+                serving = await stack.enter_async_context(self._serving_recipe(recipe))
+            except (MemberChangedError, UnmergeableError) as error:
+                raise UnknownAdapterError(
+                    f"{identity} is not kept here any more, and its members have changed since",
+                    param="model",
+                ) from error
+            yield serving
+
+    def serving_native(self, name: str) -> AbstractAsyncContextManager[None]:
+        """Wait for a slot for a model name that vLLM serves itself; its adapters take one too."""
+        return self.slots.admitted(name) if name in self._engine.adapters else nullcontext()
+
+    async def merges(self) -> list[tuple[str, CachedMerge]]:
+        """Return every merge that needs no merging, after the fastest tier that has it."""
+        device = self.cache.snapshot()
+        found = [("device", merge) for merge in device.values()]
+        listed = set(device)
+        for recipe, nbytes, fidelity in await self._engine.kept():
+            if recipe.merge_id not in listed:
+                found.append(("host", self._remembered(recipe, nbytes, fidelity)))
+                listed.add(recipe.merge_id)
+        if self.store is not None:
+            stored = await asyncio.to_thread(self.store.recipes)
+            for recipe, nbytes, fidelity in stored:
+                if recipe.merge_id not in listed:
+                    found.append(("disk", self._remembered(recipe, nbytes, fidelity)))
+        return found
+
+    @asynccontextmanager
+    async def _serving_recipe(self, recipe: Recipe) -> AsyncIterator[Serving]:
+        result = await self._obtain(recipe)
+        async with self.slots.admitted(recipe.merge_id):
+            with self.cache.pinned(recipe.merge_id):
+                # Pushed out while it stood in line, perhaps on its way back: not registered yet.
+                if recipe.merge_id not in self.cache or recipe.merge_id in self._merging:
+                    await self._obtain(recipe)
+                self.metrics.requests.labels(result).inc()
+                yield Serving(recipe.merge_id, result)
+
+    async def _known(self, identity: str) -> Recipe | None:
+        """Return how a merge is made, if this server or its store has had it."""
+        if identity in self._merging:
+            return self._merging[identity][0]
+        merge = self.cache.get(identity) or self._left.get(identity)
+        if merge is not None:
+            return Recipe.decode(merge.recipe)
+        if self.store is None:
+            return None
+        recipe = await asyncio.to_thread(self.store.recipe, identity)
+        # A store may hold anything; only what is this server's own is served.
+        if recipe is None or self._recipe(recipe.members, recipe.config) != recipe:
+            return None
+        return recipe
+
+    def _remembered(self, recipe: Recipe, nbytes: int, fidelity: float) -> CachedMerge:
+        left = self._left.get(recipe.merge_id)
+        return left or CachedMerge(recipe.encode(), nbytes, fidelity)
+
+    async def _look_up(self, wanted: AdapterSet, param: str) -> list[CatalogEntry]:
+        limit = self.settings.merge_timeout_s
+        try:
+            async with asyncio.timeout(limit):
+                return await self.catalog.look_up(wanted.weights, param=param)
+        except TimeoutError as error:
+            raise MergeTimeoutError(
+                f"reading {len(wanted.weights)} adapters took longer than {limit:g} s; "
+                "try again later"
+            ) from error
 
     def _config(self, wanted: AdapterSet) -> MergeConfig:
         try:
@@ -134,87 +214,75 @@ class LegoService:
 
     async def _obtain(self, recipe: Recipe) -> Result:
         """Find a merge in the cache, join the making of it, or make it: one at a time per set."""
-        task = self._merging.get(recipe.merge_id)
-        result: Result = "coalesced"
-        if task is None:
-            cached = self.cache.get(recipe.merge_id)
-            if cached is not None:
-                cached.hits += 1
-                return "hit"
-            if len(self._merging) >= self.settings.max_queued_merges:
-                raise BusyError(
-                    f"{len(self._merging)} merges are waiting, the most this server queues; "
-                    "try again later"
-                )
-            result = "miss"
-            task = asyncio.create_task(self._merge(recipe), name=recipe.merge_id)
-            self._merging[recipe.merge_id] = task
-            task.add_done_callback(lambda done: self._forget(recipe.merge_id, done))
+        if recipe.merge_id in self._merging:
+            await asyncio.shield(self._merging[recipe.merge_id][1])
+            return "coalesced"
+        cached = self.cache.get(recipe.merge_id)
+        if cached is not None:
+            cached.hits += 1
+            self.metrics.hits.labels("device").inc()
+            return "hit"
+        if len(self._merging) >= self.settings.max_queued_merges:
+            raise BusyError(
+                f"{len(self._merging)} merges are waiting, the most this server queues; "
+                "try again later"
+            )
+        task = asyncio.create_task(self._merge(recipe), name=recipe.merge_id)
+        self._merging[recipe.merge_id] = recipe, task
+        task.add_done_callback(lambda done: self._forget(recipe.merge_id, done))
         # A client that leaves cancels its own waiting, not the merge that others wait for.
-        await asyncio.shield(task)
-        return result
+        return "miss" if await asyncio.shield(task) == "merge" else "hit"
 
-    def _forget(self, identity: str, task: asyncio.Task[None]) -> None:
+    def _forget(self, identity: str, task: asyncio.Task[str]) -> None:
         del self._merging[identity]
         if not task.cancelled():
             task.exception()  # seen by those who wait; nobody may be left
 
-    async def _merge(self, recipe: Recipe) -> None:
-        """Stage a merge on the workers, then register it with vLLM and publish it."""
+    async def _merge(self, recipe: Recipe) -> str:
+        """Stage a merge on the workers, then register it with vLLM and publish it.
+
+        Returns:
+            The tier it came from: `host`, `disk`, or `merge` when it was made.
+        """
         started = time.perf_counter()
         number = engine_id(recipe.merge_id)
+        limit = self.settings.merge_timeout_s
         try:
             with self.cache.pinned(recipe.merge_id), self.metrics.in_progress.track_inprogress():
-                status = await self._staged(recipe)
-                await self._make_room(recipe, number, status)
-                staged = time.perf_counter()
-                await self._engine.register(recipe, number)
+                async with asyncio.timeout(limit), self._turns:
+                    turn = time.perf_counter()
+                    status = _agreed(recipe, await self._stager.staged(recipe))
+                    await self._make_room(recipe, status)
+                    staged = time.perf_counter()
+                    await self._engine.register(recipe, number)
         except BaseException as error:
             self.cache.pop(recipe.merge_id, None)
             self._show_cache()
             await self._engine.discard(recipe.merge_id, number)
             if isinstance(error, ServingError) or not isinstance(error, Exception):
                 raise
+            if isinstance(error, TimeoutError):
+                raise MergeTimeoutError(
+                    f"merging {len(recipe.members)} adapters took longer than {limit:g} s; "
+                    "try again later"
+                ) from error
             logger.exception("serving %s failed", recipe.merge_id)
             raise MergeFailedError(
                 "the server could not load the merge; its log says more"
             ) from error
         finished = time.perf_counter()
         seconds = status["seconds"] | {
+            "queue": status["seconds"]["queue"] + turn - started,
             "register": finished - staged,
             "total": finished - started,
         }
-        self.metrics.observe_merge(recipe.config.method, status["fidelity"], seconds)
-        logger.info(
-            "merged %s from %d adapters to rank %d: fidelity %.3f, %s",
-            recipe.merge_id,
-            len(recipe.members),
-            recipe.config.rank,
-            status["fidelity"],
-            ", ".join(f"{phase} {value * 1e3:.0f} ms" for phase, value in seconds.items()),
-        )
+        self._left.pop(recipe.merge_id, None)
+        self._account(recipe, status, seconds)
+        tier: str = status["tier"]
+        return tier
 
-    async def _staged(self, recipe: Recipe) -> dict[str, Any]:
-        """Poll the workers until each has the merge. Returns the slowest worker's account."""
-        pause = _FIRST_POLL_S
-        try:
-            async with asyncio.timeout(self.settings.merge_timeout_s):
-                while True:
-                    statuses = await self._engine.stage(recipe)
-                    for status in statuses:
-                        if status["state"] == "failed":
-                            _raise_failure(recipe, status)
-                    if all(status["state"] == "ready" for status in statuses):
-                        return max(statuses, key=lambda status: sum(status["seconds"].values()))
-                    await asyncio.sleep(pause)
-                    pause = min(pause * 1.5, _SLOWEST_POLL_S)
-        except TimeoutError as error:
-            raise MergeTimeoutError(
-                f"merging {len(recipe.members)} adapters took longer than "
-                f"{self.settings.merge_timeout_s:g} s; try again later"
-            ) from error
-
-    async def _make_room(self, recipe: Recipe, number: int, status: dict[str, Any]) -> None:
+    async def _make_room(self, recipe: Recipe, status: dict[str, Any]) -> None:
+        """Enter a merge into the cache, once what is in use leaves room for it."""
         if status["nbytes"] > self.cache.maxsize:
             raise UnmergeableError(
                 f"the merge takes {status['nbytes']} bytes, more than the {int(self.cache.maxsize)} "
@@ -222,30 +290,52 @@ class LegoService:
                 "rank",
                 param="merge.rank",
             )
-        try:
-            self.cache[recipe.merge_id] = CachedMerge(
-                engine_id=number,
-                members={member.name: member.weight for member in recipe.members},
-                config=dict(recipe.config.as_dict()),
-                nbytes=status["nbytes"],
-                fidelity=status["fidelity"],
-            )
-        except CacheFullError as error:
-            raise BusyError(
-                f"the merge takes {status['nbytes']} bytes and the sets in use leave too little of "
-                f"the {int(self.cache.maxsize)} that the server keeps for merges; "
-                "try again later"
-            ) from error
+        merge = CachedMerge(recipe.encode(), status["nbytes"], status["fidelity"])
+        if recipe.merge_id in self._left:
+            merge.hits = self._left[recipe.merge_id].hits
+        while True:
+            try:
+                self.cache[recipe.merge_id] = merge
+                break
+            except CacheFullError:
+                await asyncio.sleep(_ROOM_POLL_S)
         evicted, self.cache.evicted = self.cache.evicted, []
         self._show_cache()
-        for identity, _ in evicted:
+        for identity, gone in evicted:
             self.metrics.evictions.labels("device").inc()
             self._engine.unpublish(identity)
+            self._left[identity] = gone
         # All at once: whoever asks for one of them again is then sure to be heard after this.
-        await asyncio.gather(*(self._engine.discard(i, merge.engine_id) for i, merge in evicted))
+        await asyncio.gather(*(self._engine.discard(i, engine_id(i)) for i, _ in evicted))
+
+    def _account(self, recipe: Recipe, status: dict[str, Any], seconds: dict[str, float]) -> None:
+        if status["tier"] == "merge":
+            self.metrics.observe_merge(recipe.config.method, status["fidelity"], seconds)
+        else:
+            self.metrics.hits.labels(status["tier"]).inc()
+        logger.info(
+            "%s of %d adapters and rank %d, fidelity %.3f, from %s: %s",
+            recipe.merge_id,
+            len(recipe.members),
+            recipe.config.rank,
+            status["fidelity"],
+            status["tier"],
+            ", ".join(f"{phase} {value * 1e3:.0f} ms" for phase, value in seconds.items()),
+        )
 
     def _show_cache(self) -> None:
-        self.metrics.set_cache(len(self.cache), int(self.cache.currsize))
+        self.metrics.set_tier("device", len(self.cache), int(self.cache.currsize))
+
+
+def _store(settings: Settings, metrics: Metrics) -> MergeStore | None:
+    """Return the front end's view of the store, which it only reads."""
+    if not settings.store_dir:
+        return None
+    return MergeStore(
+        Path(settings.store_dir),
+        settings.store_bytes,
+        lambda _, why: metrics.errors.labels(why).inc(),
+    )
 
 
 def _default_config(settings: Settings, max_rank: int) -> MergeConfig:
@@ -262,15 +352,41 @@ def _default_config(settings: Settings, max_rank: int) -> MergeConfig:
     return config
 
 
-def _raise_failure(recipe: Recipe, status: dict[str, Any]) -> NoReturn:
+def _agreed(recipe: Recipe, statuses: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the slowest worker's account of a merge that all workers hold alike.
+
+    Raises:
+        ServingError: one of them failed, or they hold different merges.
+    """
+    for status in statuses:
+        if status["state"] == "failed":
+            _raise_failure(recipe, status)
+    if len({status["fingerprint"] for status in statuses}) > 1:
+        logger.error("the workers made different merges of %s: %s", recipe.merge_id, statuses)
+        raise WorkersDisagreeError(
+            "the server's workers made different merges of one set; its log says more"
+        )
+    slowest = max(statuses, key=lambda status: sum(status["seconds"].values()))
+    tier = max((status["tier"] for status in statuses), key=_TIERS.index)
+    return {**slowest, "tier": tier}
+
+
+def _raise_failure(recipe: Recipe, status: Mapping[str, Any]) -> NoReturn:
     """Turn a worker's account of a failed merge into the client's error."""
     kind, message = status["error"], status["message"]
     if kind in _UNMERGEABLE:
         raise UnmergeableError(message, param="adapters")
-    if kind in ("AdapterChangedError", "CollisionError"):
+    if kind == "AdapterChangedError":
+        raise MemberChangedError(message, param="adapters")
+    if kind == "CollisionError":
         raise BusyError(message, param="adapters")
     if kind == "ConfigError":
         raise BadRequestError(message, param=f"merge.{status['param']}")
+    if kind == "OutOfMemoryError":
+        raise NoMemoryError(
+            f"the server has too little memory to merge {len(recipe.members)} adapters now; "
+            "try again later"
+        )
     raise MergeFailedError(
         f"the server could not merge {len(recipe.members)} adapters ({kind}); its log says more"
     )

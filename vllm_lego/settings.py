@@ -39,6 +39,33 @@ class Settings:
         "The memory of a merge being made comes on top",
         low=1,
     )
+    host_cache_bytes: int = _setting(
+        2 << 30,
+        "bytes of host memory, pinned where there is CUDA, in which each worker keeps members and "
+        "merges; the least recently used are dropped",
+        low=0,
+    )
+    store_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder in which merges are kept for later servers; replicas may share it. By "
+            "default none",
+            "kind": str,
+        },
+    )
+    store_bytes: int = _setting(
+        16 << 30,
+        "bytes of files kept in the store's folder; the least recently used are deleted",
+        low=0,
+    )
+    merge_threads: int = _setting(2, "merges that each worker makes at the same time", low=1)
+    slot_quantum_s: float = _setting(
+        2.0,
+        "seconds that a set or adapter may keep one of the engine's --max-loras slots from those "
+        "that wait for it, before its new requests wait in line too",
+        low=0,
+        kind=float,
+    )
     max_adapters: int = _setting(16, "adapters that one request may list", low=1)
     max_body_bytes: int = _setting(64 << 20, "largest body of a JSON request, in bytes", low=1)
     merge_timeout_s: float = _setting(

@@ -1,8 +1,8 @@
-"""The worker's side: merges are staged by a thread, so that the engine's loop never waits.
+"""The worker's side: merges are staged by threads, so that the engine's loop never waits.
 
-The loop calls `stage` to start a merge and again to poll it, `take` to register a finished one,
-`discard` to drop it. All state belongs to the loop's thread; the staging thread sees a recipe
-and returns a result.
+The loop calls `stage` to start merges and again to poll them, `take` to register a finished one,
+`discard` to drop it. What is staged belongs to the loop's thread; the staging threads see a recipe
+and return a result.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from lego_core import LegoError, LoraAdapter, load_adapter, merge_adapters
+from lego_core import LegoError, LoraAdapter, merge_adapters
 from vllm_lego.identity import engine_id
+from vllm_lego.packed import PackedAdapter
 from vllm_lego.recipe import Recipe
+from vllm_lego.settings import Settings
+from vllm_lego.tiers import Tiers
 
 logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
 
@@ -30,10 +33,20 @@ _NICENESS = 10
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StagedMerge:
-    """A finished merge on the worker's device, ready to be registered with vLLM."""
+    """A finished merge on the worker's device, ready to be registered with vLLM.
 
-    adapter: LoraAdapter
+    Attributes:
+        packed: its tensors.
+        tier: where it came from: `host`, `disk`, or `merge` when it was made.
+        fidelity: cosine to the exact weighted sum.
+        fingerprint: equal on all workers that hold the same merge; empty when there is but one.
+        seconds: by phase.
+    """
+
+    packed: PackedAdapter
+    tier: str
     fidelity: float
+    fingerprint: str
     seconds: dict[str, float]
 
 
@@ -53,42 +66,60 @@ class StagingArea:
         device: where to merge and keep the result.
         dtype: of the result, the engine's LoRA dtype.
         check: raises a `LegoError` for a member that does not fit the base model.
+        settings: threads and budgets.
+        rank: of this worker in its engine; rank 0 writes to the store.
+        workers: of the engine; with more than one, merges have fingerprints.
     """
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, check: Callable[[LoraAdapter], None]
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        check: Callable[[LoraAdapter], None],
+        settings: Settings,
+        *,
+        rank: int = 0,
+        workers: int = 1,
     ) -> None:
         self._device = device
         self._dtype = dtype
-        self._check = check
+        self._workers = workers
         self._merges: dict[str, _Staging] = {}
-        # One stream for good: PyTorch keeps freed memory for the stream that it was used on.
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.tiers = Tiers(device, check, settings, writes=rank == 0)
+        self._account = self.tiers.account()
+        self._local = threading.local()
         self._threads = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="lego-staging", initializer=_yield_to_the_engine
+            max_workers=settings.merge_threads,
+            thread_name_prefix="lego-staging",
+            initializer=_yield_to_the_engine,
         )
 
-    def stage(self, recipe: Recipe, holder: str) -> dict[str, Any]:
-        """Start the merge if nobody has, and tell how far it is. Never waits.
+    def stage(self, recipes: Iterable[Recipe], holder: str) -> dict[str, Any]:
+        """Start the merges that nobody has, and tell how far each is. Never waits.
 
         Returns:
-            `state` is `pending`, `ready` (with `nbytes`, `fidelity` and `seconds` by phase) or
-            `failed` (with `error`, the name of the exception, `message` and `param`).
+            `merges`: by merge id; its `state` is `pending`, `ready` (with `nbytes`, `tier`,
+            `fidelity`, `fingerprint` and `seconds` by phase) or `failed` (with `error`, the name
+            of the exception, `message` and `param`).
+            `tiers`: (entries, bytes) of merges by tier.
+            `events`: what happened to the tiers since anybody was told, see `Tiers.events`.
         """
+        return {
+            "merges": {recipe.merge_id: self._stage(recipe, holder) for recipe in recipes},
+            "tiers": self._account,
+            "events": self.tiers.events(),
+        }
+
+    def _stage(self, recipe: Recipe, holder: str) -> dict[str, Any]:
         staging = self._merges.get(recipe.merge_id)
         if staging is None:
             number = engine_id(recipe.merge_id)
             twin = next((i for i in self._merges if engine_id(i) == number), None)
             if twin is not None:
                 message = f"{recipe.merge_id} and {twin} share one id in vLLM: one at a time"
-                return {
-                    "state": "failed",
-                    "error": "CollisionError",
-                    "message": message,
-                    "param": None,
-                }
-            future = self._threads.submit(self._make, recipe, time.perf_counter())
-            staging = self._merges[recipe.merge_id] = _Staging(future)
+                return _failed("CollisionError", message)
+            staging = self._merges[recipe.merge_id] = _Staging(Future())
+            self._threads.submit(self._fulfil, recipe, staging.future, time.perf_counter())
         staging.holders.add(holder)
         if not staging.future.done():
             return {"state": "pending"}
@@ -99,8 +130,10 @@ class StagingArea:
         merge = staging.future.result()
         return {
             "state": "ready",
-            "nbytes": merge.adapter.nbytes,
+            "nbytes": merge.packed.nbytes,
+            "tier": merge.tier,
             "fidelity": merge.fidelity,
+            "fingerprint": merge.fingerprint,
             "seconds": merge.seconds,
         }
 
@@ -127,44 +160,96 @@ class StagingArea:
         """
         staging = self._merges.get(recipe.merge_id)
         if staging is not None:  # unfinished, it is sooner waited for than made once more
-            return staging.future.result().adapter
-        logger.warning("%s was not staged; merging it while the engine waits", recipe.merge_id)
-        return self._make(recipe, time.perf_counter()).adapter
+            packed = staging.future.result().packed
+        else:
+            logger.warning("%s was not staged; the engine waits until it is", recipe.merge_id)
+            packed = self._make(recipe, time.perf_counter()).packed
+        if self._device.type == "cuda":
+            # Made on a staging stream: not to be reused before this stream has copied it.
+            packed.buffer.record_stream(torch.cuda.current_stream(self._device))
+        return packed.unpack()
+
+    def _fulfil(self, recipe: Recipe, future: Future[StagedMerge], queued_at: float) -> None:
+        """Make one merge in a staging thread, hand it over, then keep it for later."""
+        if not future.set_running_or_notify_cancel():
+            return  # nobody wants it any more
+        try:
+            merge = self._make(recipe, queued_at)
+        except BaseException as error:  # noqa: BLE001  whatever it is, somebody waits for this future
+            future.set_exception(error)
+            return
+        future.set_result(merge)
+        if merge.tier == "merge":
+            try:
+                with torch.inference_mode(), self._side_stream():
+                    self.tiers.keep(recipe, merge.packed, merge.fidelity)
+            except Exception:  # no host memory, for one: the merge itself is served
+                logger.exception("%s could not be kept in host memory", recipe.merge_id)
+                self.tiers.tell("errors", "keep")
+        self._account = self.tiers.account()
 
     def _make(self, recipe: Recipe, queued_at: float) -> StagedMerge:
         started = time.perf_counter()
         with torch.inference_mode(), self._side_stream():
-            members = [load_adapter(m.path, name=m.name, digest=m.digest) for m in recipe.members]
-            for member in members:
-                self._check(member)
-            loaded = time.perf_counter()
-            adapter, report = merge_adapters(
-                members,
-                recipe.config,
-                weights=[m.weight for m in recipe.members],
-                device=self._device,
-                dtype=self._dtype,
-                name=recipe.merge_id,
-                report=True,
-            )
-        seconds = {
-            "queue": started - queued_at,
-            "load": loaded - started,
-            "merge": time.perf_counter() - loaded,
-        }
-        return StagedMerge(adapter, report.fidelity, seconds)
+            found = self.tiers.find(recipe)
+            if found is not None:
+                packed, fidelity, tier = found
+                loaded = merged = time.perf_counter()
+            else:
+                packed, fidelity, loaded = self._merge_in_what_memory_there_is(recipe)
+                tier, merged = "merge", time.perf_counter()
+            fingerprint = packed.fingerprint() if self._workers > 1 else ""
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()
+        self.tiers.spare_device(self._staged_bytes() + packed.nbytes)
+        seconds = {"queue": started - queued_at, "load": loaded - started, "merge": merged - loaded}
+        return StagedMerge(packed, tier, fidelity, fingerprint, seconds)
+
+    def _merge_in_what_memory_there_is(self, recipe: Recipe) -> tuple[PackedAdapter, float, float]:
+        with suppress(torch.OutOfMemoryError):
+            return self._merge(recipe)
+        # Members on the device are a convenience: without them there may be room.
+        self.tiers.drop_from_device()
+        torch.cuda.empty_cache()
+        return self._merge(recipe)
+
+    def _merge(self, recipe: Recipe) -> tuple[PackedAdapter, float, float]:
+        """Merge a recipe's members. Returns the merge, its fidelity, and when they were loaded."""
+        members = [self.tiers.member(member) for member in recipe.members]
+        loaded = time.perf_counter()
+        adapter, report = merge_adapters(
+            members,
+            recipe.config,
+            weights=[member.weight for member in recipe.members],
+            device=self._device,
+            dtype=self._dtype,
+            name=recipe.merge_id,
+            report=True,
+        )
+        return PackedAdapter.pack(adapter), report.fidelity, loaded
+
+    def _staged_bytes(self) -> int:
+        """Bytes of finished merges on the device, as seen from any thread."""
+        futures = [staging.future for staging in list(self._merges.values())]
+        done = [f for f in futures if f.done() and not f.cancelled() and f.exception() is None]
+        return sum(future.result().packed.nbytes for future in done)
 
     def _side_stream(self) -> AbstractContextManager[Any]:
-        """On CUDA, a stream of the staging's own: the model's kernels do not queue behind it.
+        """On CUDA, a stream of the thread's own: the model's kernels do not queue behind it.
 
-        `merge_adapters` synchronises it before it returns its report, so whoever sees the
-        result may use it on any stream.
+        One stream a thread, for good: PyTorch keeps freed memory for the stream it was used on.
+        The thread synchronises it before it hands anything over, so that whoever sees the result
+        may use it on any stream.
         """
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        if self._device.type != "cuda":
+            return nullcontext()
+        if not hasattr(self._local, "stream"):
+            self._local.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(self._local.stream)
 
 
 def _yield_to_the_engine() -> None:
-    """Give the staging thread a lower scheduling priority than the engine's threads."""
+    """Give a staging thread a lower scheduling priority than the engine's threads."""
     try:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
     except OSError as error:  # a container may forbid it; then the kernel shares fairly
@@ -172,8 +257,13 @@ def _yield_to_the_engine() -> None:
 
 
 def _failure(recipe: Recipe, error: BaseException) -> dict[str, Any]:
-    failure = {"state": "failed", "error": type(error).__name__, "message": "", "param": None}
     if isinstance(error, LegoError):
-        return failure | {"message": str(error), "param": error.param}
+        return _failed(type(error).__name__, str(error), error.param)
     logger.error("merging %s failed", recipe.merge_id, exc_info=error)
-    return failure
+    # What PyTorch raises on the CPU is a plain RuntimeError.
+    exhausted = isinstance(error, MemoryError) or "allocate memory" in str(error)
+    return _failed("OutOfMemoryError" if exhausted else type(error).__name__)
+
+
+def _failed(error: str, message: str = "", param: str | None = None) -> dict[str, Any]:
+    return {"state": "failed", "error": error, "message": message, "param": param}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +71,17 @@ def http(server: ServerProcess) -> Iterator[httpx.Client]:
 @pytest.fixture
 def metric(http: httpx.Client) -> Callable[..., float]:
     """Read one series of the server's metrics."""
+    return partial(read_metric, http)
 
-    def read(name: str, **labels: str) -> float:
-        for line in http.get("/metrics").text.splitlines():
-            match = re.fullmatch(rf"{name}(?:\{{(.*)\}})? (\S+)", line)
-            found = dict(re.findall(r'(\w+)="([^"]*)"', match[1] or "")) if match else {}
-            if match and labels.items() <= found.items():
-                return float(match[2])
-        raise AssertionError(f"no series {name}{labels}")
 
-    return read
+def read_metric(http: httpx.Client, name: str, **labels: str) -> float:
+    """Return the value of the first series with this name and these labels."""
+    for line in http.get("/metrics").text.splitlines():
+        match = re.fullmatch(rf"{name}(?:\{{(.*)\}})? (\S+)", line)
+        found = dict(re.findall(r'(\w+)="([^"]*)"', match[1] or "")) if match else {}
+        if match and labels.items() <= found.items():
+            return float(match[2])
+    raise AssertionError(f"no series {name}{labels}")
 
 
 def chat(question: str, **fields: Any) -> dict[str, Any]:

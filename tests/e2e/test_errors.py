@@ -145,7 +145,7 @@ def test_adapters_that_cannot_be_merged(http, broken, fields, says):
 def test_an_adapter_of_another_base_model(http, broken):
     name = "model.layers.0.self_attn.q_proj"
     other = LoraAdapter("x", {name: LoraModule(torch.ones(4, 64), torch.ones(64, 4))})
-    save_adapter(other, broken)
+    save_adapter(other, broken, overwrite=True)
     error = refused(http.post(CHAT, json=HELLO | {"adapters": ["numbers", "replaceable"]}), 422)
     assert "'replaceable'" in error["message"]
     assert name in error["message"]
@@ -155,7 +155,7 @@ def test_an_adapter_of_another_base_model(http, broken):
 def test_an_adapter_for_layers_that_the_base_model_lacks(http, broken):
     name = "model.layers.99.self_attn.q_proj"
     other = LoraAdapter("x", {name: LoraModule(torch.ones(4, 576), torch.ones(576, 4))})
-    save_adapter(other, broken)
+    save_adapter(other, broken, overwrite=True)
     error = refused(http.post(CHAT, json=HELLO | {"adapters": ["numbers", "replaceable"]}), 422)
     assert name in error["message"]
 
@@ -180,7 +180,7 @@ def test_an_adapter_replaced_in_place_has_a_new_identity(client, broken):
         name: LoraModule(module.lora_a / 2, module.lora_b, module.scaling)
         for name, module in changed.modules.items()
     }
-    save_adapter(LoraAdapter("x", halved), broken)
+    save_adapter(LoraAdapter("x", halved), broken, overwrite=True)
     after = ask(client, "Hello", adapters=["numbers", "replaceable"])[1]
     assert after["x-lego-cache"] == "miss"
     assert before["x-lego-model"] != after["x-lego-model"]

@@ -160,7 +160,7 @@ def test_a_mixed_batch_answers_as_each_request_alone(client, metric):
     assert len(set(alone)) == len(alone)
 
 
-def test_the_cache_is_bounded_and_an_evicted_set_is_merged_again(client, http, metric):
+def test_the_device_is_bounded_and_an_evicted_set_comes_back_without_merging(client, http, metric):
     adapters = new_set()
     first, headers = ask(client, NUMBER, adapters=adapters)
     identity = headers["x-lego-model"]
@@ -170,13 +170,22 @@ def test_the_cache_is_bounded_and_an_evicted_set_is_merged_again(client, http, m
         ask(client, NUMBER, adapters=new_set(), max_tokens=1)
     assert metric("vllm_lego_cache_evictions_total", tier="device") > evictions
     assert metric("vllm_lego_cache_bytes", tier="device") <= CACHE_BYTES
-    assert identity not in {m["id"] for m in merges(http)}
-    gone = http.post(
-        "/v1/completions", json={"model": identity, "prompt": "hello", "max_tokens": 1}
-    )
-    assert gone.status_code == 404
+    assert {m["id"]: m["tier"] for m in merges(http)}[identity] == "host"
+    made = metric("vllm_lego_merge_seconds_count", phase="total")
+    hits = metric("vllm_lego_cache_hits_total", tier="host")
     again, headers = ask(client, NUMBER, adapters=adapters)
-    assert (again, headers["x-lego-cache"]) == (first, "miss")
+    assert (again, headers["x-lego-cache"]) == (first, "hit")
+    assert metric("vllm_lego_cache_hits_total", tier="host") == hits + 1
+    assert metric("vllm_lego_merge_seconds_count", phase="total") == made
+    for _ in range(CACHE_BYTES // one["bytes"] + 1):
+        ask(client, NUMBER, adapters=new_set(), max_tokens=1)
+    again, headers = ask(client, NUMBER, model=identity)
+    assert (again, headers["x-lego-cache"]) == (first, "hit")
+
+
+def test_a_merge_nobody_knows_is_vllms_404(http):
+    body = {"model": "lego-0123456789abcdef", "prompt": "hello", "max_tokens": 1}
+    assert http.post("/v1/completions", json=body).status_code == 404
 
 
 def test_the_adapters_that_can_be_named_are_listed(http):
@@ -221,6 +230,7 @@ def test_metrics_are_the_contracts(http):
     for name, kind in {
         "vllm_lego_requests_total": "counter",
         "vllm_lego_cache_evictions_total": "counter",
+        "vllm_lego_cache_hits_total": "counter",
         "vllm_lego_cache_entries": "gauge",
         "vllm_lego_cache_bytes": "gauge",
         "vllm_lego_merge_seconds": "histogram",
@@ -230,7 +240,8 @@ def test_metrics_are_the_contracts(http):
     }.items():
         assert f"# TYPE {name} {kind}" in text
     ours = "\n".join(line for line in text.splitlines() if line.startswith("vllm_lego"))
-    assert not MERGE_ID.search(ours)
+    assert not MERGE_ID.search(text)  # nor do vllm's own
+    assert 'running_lora_adapters="lego"' in text
     assert not any(f'"{name}"' in ours for name in shipped_adapters())
 
 

@@ -10,7 +10,7 @@ from vllm_lego.cache import CachedMerge, CacheFullError, MergedAdapterCache
 
 
 def merge(nbytes: int) -> CachedMerge:
-    return CachedMerge(1 << 30, {}, {}, nbytes, 1.0)
+    return CachedMerge("", nbytes, 1.0)
 
 
 def filled(max_bytes: int = 30) -> MergedAdapterCache:

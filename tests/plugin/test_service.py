@@ -13,7 +13,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +24,7 @@ from prometheus_client import REGISTRY
 from vllm.v1.worker.worker_base import WorkerBase
 
 from lego_core import LoraAdapter, LoraModule, save_adapter
+from tests.plugin.test_interception import echo
 from vllm_lego._vllm import Engine, install_worker_patches
 from vllm_lego.adapter_set import AdapterSet
 from vllm_lego.errors import (
@@ -33,12 +34,14 @@ from vllm_lego.errors import (
     ServingError,
     UnknownAdapterError,
     UnmergeableError,
+    WorkersDisagreeError,
 )
 from vllm_lego.identity import engine_id
+from vllm_lego.interception import Interception
 from vllm_lego.metrics import Metrics
 from vllm_lego.recipe import Recipe
 from vllm_lego.service import LegoService, Serving
-from vllm_lego.settings import Settings, SettingsError
+from vllm_lego.settings import Settings
 from vllm_lego.worker import StagingArea
 
 NAMES = "abcdef"
@@ -47,9 +50,15 @@ NAMES = "abcdef"
 class PlayedVllm:
     """What of vLLM the plugin meets: one worker, its registered adapters, and the names served."""
 
-    def __init__(self, folder: Path, check: Callable[[LoraAdapter], None], **parallel: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        check: Callable[[LoraAdapter], None],
+        settings: Settings,
+        **parallel: int,
+    ) -> None:
         self.registered: dict[int, str] = {}
-        self.staging = StagingArea(torch.device("cpu"), torch.float32, check)
+        self.staging = StagingArea(torch.device("cpu"), torch.float32, check, settings)
         manager = SimpleNamespace(
             lego_staging=self.staging, remove_adapter=lambda i: self.registered.pop(i, None)
         )
@@ -66,10 +75,12 @@ class PlayedVllm:
         self.state = SimpleNamespace(
             openai_serving_models=models,
             vllm_config=SimpleNamespace(
-                lora_config=SimpleNamespace(max_lora_rank=8, lora_dtype=torch.float32),
-                parallel_config=SimpleNamespace(**{"data_parallel_size": 1} | parallel),
+                lora_config=SimpleNamespace(max_lora_rank=8, max_loras=4, lora_dtype=torch.float32),
+                parallel_config=SimpleNamespace(**{"world_size": 1} | parallel),
             ),
         )
+        self.output_processor = SimpleNamespace(request_states={})
+        self.engine_core = SimpleNamespace()
         self.broken = False
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
@@ -115,7 +126,7 @@ def start(folder: Path):
     def started(
         check: Callable[[LoraAdapter], None] = lambda adapter: None, **settings: Any
     ) -> tuple[LegoService, PlayedVllm]:
-        vllm = PlayedVllm(folder, check)
+        vllm = PlayedVllm(folder, check, Settings(**settings))
         return LegoService(Engine(vllm, vllm.state), Settings(**settings), metrics), vllm
 
     yield started
@@ -245,7 +256,7 @@ def test_clients_that_leave_leave_nothing_behind(start):
                 await asking
 
         await asyncio.gather(*(leaves() for _ in range(100)))
-        await asyncio.gather(*service._merging.values())
+        await asyncio.gather(*(task for _, task in service._merging.values()))
         await asyncio.sleep(0)
         assert nothing_left(service, vllm)
 
@@ -264,7 +275,7 @@ def test_a_merge_over_the_limit_is_a_timeout_and_can_be_asked_for_again(start):
         gate.set()
         while True:  # until the thread has got through what it was at
             with suppress(MergeTimeoutError):
-                assert (await use(service, "ab")).result == "miss"
+                assert (await use(service, "ab")).result in ("miss", "hit")  # it was made meanwhile
                 break
         assert nothing_left(service, vllm)
 
@@ -298,18 +309,163 @@ def test_a_merge_larger_than_the_cache_names_the_setting(start):
     asyncio.run(scenario())
 
 
-def test_what_is_in_use_is_not_pushed_out(start):
-    async def scenario():
-        service, vllm = start()
+def room_for_one(start: Any) -> int:
+    """Bytes of one merge of two."""
+
+    async def measured():
+        service, _ = start()
         await use(service, "ab")
         (one,) = service.cache.snapshot().values()
-        service, vllm = start(device_cache_bytes=one.nbytes)
+        return one.nbytes
+
+    return asyncio.run(measured())
+
+
+def test_what_is_in_use_is_not_pushed_out_and_the_next_waits(start):
+    size = room_for_one(start)
+
+    async def scenario():
+        service, vllm = start(device_cache_bytes=size)
         async with service.serving(AdapterSet({"a": 1.0, "b": 1.0}), param="adapters") as serving:
-            with pytest.raises(BusyError, match="the sets in use leave too little"):
-                await use(service, "ac")
+            waiting = asyncio.create_task(use(service, "ac"))
+            while len(vllm.staging._merges) < 2:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.05)
+            assert not waiting.done()
             assert vllm.merges() == {serving.model}
-        assert (await use(service, "ac")).result == "miss"
+        assert (await waiting).result == "miss"
         assert nothing_left(service, vllm)
+
+    asyncio.run(scenario())
+
+
+def test_waiting_for_room_ends_at_the_limit(start):
+    size = room_for_one(start)
+
+    async def scenario():
+        service, vllm = start(device_cache_bytes=size, merge_timeout_s=0.3)
+        async with service.serving(AdapterSet({"a": 1.0, "b": 1.0}), param="adapters"):
+            with pytest.raises(MergeTimeoutError):
+                await use(service, "ac")
+        assert nothing_left(service, vllm)
+
+    asyncio.run(scenario())
+
+
+def test_what_the_engine_still_works_on_is_not_pushed_out(start):
+    """A client that left has ended its HTTP request, but its request is not out of the engine."""
+    size = room_for_one(start)
+
+    async def scenario():
+        service, vllm = start(device_cache_bytes=size)
+        first = (await use(service, "ab")).model
+        vllm.output_processor.request_states["r"] = SimpleNamespace(lora_name=first)
+        waiting = asyncio.create_task(use(service, "ac"))
+        while len(vllm.staging._merges) < 2:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        assert vllm.merges() == {first}
+        vllm.output_processor.request_states.clear()
+        assert (await waiting).result == "miss"
+        assert nothing_left(service, vllm)
+
+    asyncio.run(scenario())
+
+
+def test_an_evicted_merge_is_known_and_comes_back_as_a_hit(start):
+    size = room_for_one(start)
+
+    async def scenario():
+        service, vllm = start(device_cache_bytes=size)
+        first = (await use(service, "ab")).model
+        await use(service, "ac")
+        assert first not in vllm.merges()
+        listed = {Recipe.decode(m.recipe).merge_id: tier for tier, m in await service.merges()}
+        assert listed[first] == "host"
+        async with service.serving_known(first) as serving:
+            assert serving == Serving(first, "hit")
+            assert vllm.merges() == {first}
+        assert nothing_left(service, vllm)
+
+    asyncio.run(scenario())
+
+
+def test_an_id_whose_members_are_gone_and_that_no_tier_has_is_unknown(start, folder):
+    size = room_for_one(start)
+
+    async def scenario():
+        service, _ = start(device_cache_bytes=size, host_cache_bytes=0)
+        first = (await use(service, "ab")).model
+        await use(service, "ac")
+        (folder / "b" / "adapter_model.safetensors").write_bytes(b"other")
+        with pytest.raises(UnknownAdapterError, match=first):
+            async with service.serving_known(first):
+                pass
+
+    asyncio.run(scenario())
+
+
+def test_a_restarted_server_serves_what_the_store_has_without_merging(start, tmp_path):
+    store = str(tmp_path / "store")
+
+    async def scenario():
+        service, vllm = start(store_dir=store)
+        first = await use(service, "ab")
+        vllm.staging._threads.shutdown()
+        service, vllm = start(store_dir=store)
+        listed = {Recipe.decode(m.recipe).merge_id: tier for tier, m in await service.merges()}
+        assert listed == {first.model: "disk"}
+        async with service.serving_known(first.model) as serving:
+            assert serving == Serving(first.model, "hit")
+        service, vllm = start(store_dir=store)
+        assert await use(service, "ab") == Serving(first.model, "hit")
+        assert nothing_left(service, vllm)
+
+    asyncio.run(scenario())
+
+
+def test_workers_that_disagree_are_refused(start):
+    async def scenario():
+        service, vllm = start()
+        ask = vllm.collective_rpc
+
+        async def two_workers(method: str, args: tuple[Any, ...]) -> list[Any]:
+            (one,) = await ask(method, args)
+            if method != "lego_stage":
+                return [one, one]
+            other = json.loads(json.dumps(one))
+            for merge in other["merges"].values():
+                if merge["state"] == "ready":
+                    merge["fingerprint"] = "0123456789abcdef"
+            return [one, other]
+
+        vllm.collective_rpc = two_workers
+        with pytest.raises(WorkersDisagreeError):
+            await use(service, "ab")
+        await asyncio.sleep(0)
+        assert nothing_left(service, vllm)
+
+    asyncio.run(scenario())
+
+
+def test_one_call_asks_for_all_merges(start):
+    gate = threading.Event()
+
+    async def scenario():
+        service, vllm = start(check=lambda adapter: gate.wait(30), merge_threads=3)
+        ask, asked = vllm.collective_rpc, []
+
+        async def counted(method: str, args: tuple[Any, ...]) -> list[Any]:
+            if method == "lego_stage":
+                asked.append(len(args[0]))
+            return await ask(method, args)
+
+        vllm.collective_rpc = counted
+        using = [asyncio.create_task(use(service, names)) for names in ("ab", "ac", "ad")]
+        while not asked or asked[-1] < 3:
+            await asyncio.sleep(0.001)
+        gate.set()
+        assert [serving.result for serving in await asyncio.gather(*using)] == ["miss"] * 3
 
     asyncio.run(scenario())
 
@@ -324,7 +480,7 @@ def test_vllm_failing_to_load_a_merge_is_an_error_and_leaves_nothing(start):
         await asyncio.sleep(0)
         assert nothing_left(service, vllm)
         vllm.broken = False
-        assert (await use(service, "ab")).result == "miss"
+        assert (await use(service, "ab")).result in ("miss", "hit")  # it was made, not registered
 
     asyncio.run(scenario())
 
@@ -385,9 +541,139 @@ def test_every_refusal_is_a_serving_error(start):
     asyncio.run(scenario())
 
 
-def test_api_servers_share_the_budget_and_replicas_of_the_engine_are_refused(folder):
-    shared = PlayedVllm(folder, lambda adapter: None, _api_process_count=4)
-    assert Engine(shared, shared.state).api_servers == 4
-    parallel = PlayedVllm(folder, lambda adapter: None, data_parallel_size=2)
-    with pytest.raises(SettingsError, match="data-parallel-size 2"):
-        Engine(parallel, parallel.state)
+def test_api_servers_share_the_budget_and_the_slots(folder):
+    shared = PlayedVllm(folder, lambda adapter: None, Settings(), _api_process_count=2)
+    engine = Engine(shared, shared.state)
+    assert (engine.api_servers, engine.slots) == (2, 4)
+
+
+def test_single_adapters_stand_in_the_same_line_as_sets(start):
+    """Four slots: four adapters of vLLM's own keep a set waiting, and it keeps the fifth waiting."""
+
+    async def scenario():
+        service, _ = start()
+        async with AsyncExitStack() as stack:
+            for name in "abcd":
+                await stack.enter_async_context(service.serving_native(name))
+            waiting = asyncio.create_task(use(service, "ab"))
+            while not service.slots.waiting():
+                await asyncio.sleep(0.001)
+            fifth = asyncio.create_task(use(service, "e"))
+            async with service.serving_native("base"):  # takes no slot
+                pass
+            await asyncio.sleep(0.01)
+            assert not waiting.done()
+            assert not fifth.done()
+        assert (await waiting).result == "miss"
+        assert (await fifth) == Serving("e", None)
+
+    asyncio.run(scenario())
+
+
+def test_what_pushes_in_waits_for_what_is_known(start):
+    """More sets than slots, and room for fewer than slots: everybody is served in the end."""
+    size = room_for_one(start)
+
+    async def scenario():
+        service, vllm = start(device_cache_bytes=2 * size, max_queued_merges=64)
+        sets = list(itertools.combinations(NAMES, 2))
+
+        async def client(wanted):
+            async with service.serving(
+                AdapterSet(dict.fromkeys(wanted, 1.0)), param="a"
+            ) as serving:
+                assert serving.model in vllm.merges()
+                await asyncio.sleep(0.001)
+
+        await asyncio.gather(*(client(wanted) for wanted in sets * 3))
+        assert nothing_left(service, vllm)
+        assert service.slots.waiting() == 0
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("body", "waits"),
+    [
+        (b'{"model": "e"}', True),
+        (b'{"model" : "e", "adapters": []}', True),
+        (b'{"model": "a"}', False),  # has a slot
+        (b'{"model": "base"}', False),
+        (b'{"tools": [{"model": "e"}], "model": "base"}', False),
+        (b'{"model": "e"', False),  # no JSON: vLLM says so
+        (b'["model", {"model": "e"}]', False),
+    ],
+)
+def test_a_request_of_a_single_adapter_waits_for_its_slot_and_passes_untouched(start, body, waits):
+    async def scenario():
+        service, _ = start()
+        interception = Interception(echo)
+        interception.start(service, 1000, ())
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        sent: list[dict[str, Any]] = []
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async with AsyncExitStack() as stack:
+            for name in "abcd":
+                await stack.enter_async_context(service.serving_native(name))
+            request = asyncio.create_task(interception(scope, receive, send))
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert request.done() is not waits
+            assert service.slots.waiting() == waits
+        await request
+        assert sent[1]["body"] == body
+
+    asyncio.run(scenario())
+
+
+def test_what_is_on_its_way_back_is_not_served_before_it_is_there(start):
+    """Pushed out while its request stands in line, fetched again by another, not yet registered."""
+    size = room_for_one(start)
+
+    async def scenario():
+        service, vllm = start(device_cache_bytes=size)
+        registering, stock = asyncio.Event(), vllm.add_lora
+        registering.set()
+
+        async def add_lora(request: Any) -> bool:
+            await registering.wait()
+            return await stock(request)
+
+        vllm.add_lora = add_lora
+        served: list[bool] = []
+
+        async def client(names: str):
+            wanted = AdapterSet(dict.fromkeys(names, 1.0))
+            async with service.serving(wanted, param="adapters") as serving:
+                served.append(serving.model in vllm.merges())
+
+        async def waiting(names: int):
+            while service.slots.waiting() < names:
+                await asyncio.sleep(0.001)
+
+        async with AsyncExitStack() as stack:
+            for name in "abcd":
+                await stack.enter_async_context(service.serving_native(name))
+            clients = [asyncio.create_task(client("ab"))]
+            await waiting(1)
+            clients.append(asyncio.create_task(client("ac")))  # pushes the first out
+            await waiting(2)
+            registering.clear()
+            clients.append(asyncio.create_task(client("ab")))
+            while not service._merging or not set(service._merging) & set(service.cache):
+                await asyncio.sleep(0.001)
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        assert served == []
+        registering.set()
+        await asyncio.gather(*clients)
+        assert served == [True] * 3
+        assert nothing_left(service, vllm)
+
+    asyncio.run(scenario())

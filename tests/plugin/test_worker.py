@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +23,13 @@ from lego_core import (
     merge_adapters,
     save_adapter,
 )
+from vllm_lego.packed import PackedAdapter
 from vllm_lego.recipe import Member, Recipe
+from vllm_lego.settings import Settings
 from vllm_lego.worker import StagingArea
 
 CONFIG = MergeConfig(rank=2)
+PENDING = {"state": "pending"}
 
 
 @pytest.fixture
@@ -47,13 +54,24 @@ def recipe_of(folders: dict[str, Path], identity: str = "lego-0000000000000001")
     return Recipe(identity, members, CONFIG)
 
 
-def area(check: Any = lambda adapter: None) -> StagingArea:
-    return StagingArea(torch.device("cpu"), torch.float32, check)
+def area(check: Any = lambda adapter: None, workers: int = 1, **settings: Any) -> StagingArea:
+    settings = {"host_cache_bytes": 0} | settings
+    return StagingArea(
+        torch.device("cpu"), torch.float32, check, Settings(**settings), workers=workers
+    )
+
+
+def stage(staging: StagingArea, recipe: Recipe, holder: str) -> dict[str, Any]:
+    return staging.stage([recipe], holder)["merges"][recipe.merge_id]
+
+
+def buffer_of(adapter: LoraAdapter) -> int:
+    return adapter.modules["layer.0"].lora_a.untyped_storage().data_ptr()
 
 
 def finished(staging: StagingArea, recipe: Recipe, holder: str = "h") -> dict[str, Any]:
     limit = time.monotonic() + 30
-    while (status := staging.stage(recipe, holder))["state"] == "pending":
+    while (status := stage(staging, recipe, holder))["state"] == "pending":
         assert time.monotonic() < limit
         time.sleep(0.001)
     return status
@@ -80,8 +98,8 @@ def test_staging_never_waits_and_merges_once(folders):
         assert gate.wait(30)
 
     staging, recipe = area(check), recipe_of(folders)
-    assert staging.stage(recipe, "one") == {"state": "pending"}
-    assert staging.stage(recipe, "two") == {"state": "pending"}
+    assert stage(staging, recipe, "one") == PENDING
+    assert stage(staging, recipe, "two") == PENDING
     gate.set()
     assert finished(staging, recipe)["state"] == "ready"
     assert checked == ["a", "b"]
@@ -90,19 +108,22 @@ def test_staging_never_waits_and_merges_once(folders):
 def test_it_lives_as_long_as_somebody_holds_it(folders):
     staging, recipe = area(), recipe_of(folders)
     finished(staging, recipe, "one")
-    first = staging.take(recipe)
-    staging.stage(recipe, "two")
+    first = buffer_of(staging.take(recipe))
+    stage(staging, recipe, "two")
     assert not staging.discard(recipe.merge_id, "one")
-    assert staging.take(recipe) is first
+    assert buffer_of(staging.take(recipe)) == first
+    kept = staging._merges[recipe.merge_id].future.result()  # so that its memory is not reused
     assert staging.discard(recipe.merge_id, "two")
     assert not staging.discard(recipe.merge_id, "two")
-    assert staging.take(recipe) is not first
+    assert buffer_of(staging.take(recipe)) != kept.packed.buffer.data_ptr() == first
 
 
 def test_a_member_that_changed_is_refused(folders):
     recipe = recipe_of(folders)
     other = load_adapter(folders["a"])
-    save_adapter(LoraAdapter("b", {k: other.modules[k] for k in ["layer.0"]}), folders["b"])
+    save_adapter(
+        LoraAdapter("b", {k: other.modules[k] for k in ["layer.0"]}), folders["b"], overwrite=True
+    )
     status = finished(area(), recipe)
     assert (status["state"], status["error"]) == ("failed", "AdapterChangedError")
     assert "'b' changed on disk" in status["message"]
@@ -113,12 +134,12 @@ def test_a_failure_is_told_to_each_holder_and_then_forgotten(folders):
         raise IncompatibleAdaptersError(f"adapter {adapter.name!r} does not fit")
 
     staging, recipe = area(check), recipe_of(folders)
-    staging.stage(recipe, "one")
+    stage(staging, recipe, "one")
     for holder in ("two", "one"):
         status = finished(staging, recipe, holder)
         assert status["error"] == "IncompatibleAdaptersError"
         assert status["message"] == "adapter 'a' does not fit"
-    assert staging.stage(recipe, "one") == {"state": "pending"}
+    assert stage(staging, recipe, "one") == PENDING
 
 
 def test_what_is_no_lego_error_keeps_its_secrets(folders):
@@ -132,5 +153,115 @@ def test_what_is_no_lego_error_keeps_its_secrets(folders):
 def test_two_merges_of_one_engine_id_never_meet(folders):
     staging = area()
     finished(staging, recipe_of(folders, "lego-0000000000000001"))
-    status = staging.stage(recipe_of(folders, "lego-4000000000000001"), "h")
+    status = stage(staging, recipe_of(folders, "lego-4000000000000001"), "h")
     assert (status["state"], status["error"]) == ("failed", "CollisionError")
+
+
+def test_what_left_the_device_comes_back_from_host_memory(folders):
+    staging, recipe = area(host_cache_bytes=1 << 20), recipe_of(folders)
+    assert finished(staging, recipe)["tier"] == "merge"
+    first = staging.take(recipe)
+    staging.discard(recipe.merge_id, "h")
+    for folder in folders.values():
+        shutil.rmtree(folder)
+    assert finished(staging, recipe)["tier"] == "host"
+    again = staging.take(recipe)
+    for name, module in first.modules.items():
+        assert torch.equal(again.modules[name].lora_b, module.lora_b)
+
+
+def test_a_new_set_of_known_members_needs_no_disk(folders):
+    checked = []
+    staging = area(lambda adapter: checked.append(adapter.name), host_cache_bytes=1 << 20)
+    finished(staging, recipe_of(folders))
+    another = recipe_of(folders, "lego-0000000000000002")
+    another = replace(another, members=tuple(replace(m, weight=2.0) for m in another.members))
+    for folder in folders.values():
+        shutil.rmtree(folder)
+    assert finished(staging, another)["tier"] == "merge"
+    assert checked == ["a", "b"]
+
+
+def test_host_memory_is_bounded_and_drops_the_least_recently_used(folders):
+    recipes = [recipe_of(folders, f"lego-{i:016x}") for i in range(1, 9)]
+    members = [PackedAdapter.pack(load_adapter(folder)).nbytes for folder in folders.values()]
+    probe = area()
+    size = finished(probe, recipes[0])["nbytes"]
+    staging = area(host_cache_bytes=sum(members) + 3 * size, merge_threads=1)
+    told = []
+    for recipe in recipes:
+        while (answer := staging.stage([recipe], "h"))["merges"][recipe.merge_id] == PENDING:
+            told += answer["events"]
+        told += answer["events"]
+        staging.discard(recipe.merge_id, "h")
+    staging._threads.shutdown()
+    kept = [merge.recipe.merge_id for merge in staging.tiers.in_host_memory()]
+    assert sorted(kept) == [recipe.merge_id for recipe in recipes[-3:]]
+    answer = staging.stage([], "h")
+    assert answer["tiers"] == {"host": (3, 3 * size), "disk": (0, 0)}
+    assert told + answer["events"] == [("evictions", "host")] * 5
+    assert staging.stage([], "h")["events"] == []
+
+
+def test_several_threads_make_several_merges_at_a_time(folders):
+    together = threading.Barrier(2)  # opens only when two are there at once
+    staging = area(lambda adapter: together.wait(30) if adapter.name == "a" else None)
+    recipes = [recipe_of(folders, f"lego-{i:016x}") for i in (1, 2)]
+    for recipe in recipes:
+        assert stage(staging, recipe, "h") == PENDING
+    assert [finished(staging, recipe)["state"] for recipe in recipes] == ["ready", "ready"]
+
+
+def test_workers_of_one_engine_have_one_fingerprint_of_a_merge_and_another_of_another(folders):
+    prints = [
+        finished(area(workers=2), recipe)["fingerprint"]
+        for recipe in (recipe_of(folders), recipe_of(folders), recipe_of({"a": folders["a"]}))
+    ]
+    assert prints[0] == prints[1] != prints[2]
+    assert all(len(fingerprint) == 16 for fingerprint in prints)
+
+
+def test_a_thread_that_dies_of_a_merge_is_replaced(folders):
+    """Even what is no Exception ends one merge, not the staging."""
+
+    def check(adapter: LoraAdapter) -> None:
+        raise SystemExit(adapter.name)
+
+    staging = area(check, merge_threads=1)
+    assert finished(staging, recipe_of(folders))["error"] == "SystemExit"
+    staging.tiers._check = lambda adapter: None
+    assert finished(staging, recipe_of(folders))["state"] == "ready"
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+from pathlib import Path
+import torch
+from lego_core import LoraAdapter, LoraModule, save_adapter
+from tests.plugin.test_worker import area, finished, recipe_of
+torch.set_num_threads(1)
+folders = {}
+for name in "ab":
+    module = LoraModule(torch.randn(256, 30_000), torch.randn(30_000, 256))
+    save_adapter(LoraAdapter(name, {"layer": module}), Path(sys.argv[1]) / name)
+    folders[name] = Path(sys.argv[1]) / name
+recipe, staging = recipe_of(folders), area(merge_threads=1)
+finished(staging, recipe_of({"a": folders["a"]}, "lego-0000000000000002"))  # all that grows once
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+before = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (64 << 20), before[1]))
+print(finished(staging, recipe)["error"])
+resource.setrlimit(resource.RLIMIT_AS, before)
+print(finished(staging, recipe)["state"])
+"""
+
+
+def test_merge_out_of_memory(tmp_path):
+    """The process gets no more memory than it has; then it does."""
+    ran = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY, str(tmp_path)],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.stdout.split() == ["OutOfMemoryError", "ready"], ran.stderr

@@ -123,6 +123,13 @@ class ServerProcess:
     ) -> None:
         self.stop()
 
+    @property
+    def session(self) -> int:
+        """The session id of its processes: of the server, and of all that it starts."""
+        if self._process is None:
+            raise RuntimeError("the server is not running")
+        return self._process.pid
+
     def is_alive(self) -> bool:
         """Whether the process runs."""
         return self._process is not None and self._process.poll() is None

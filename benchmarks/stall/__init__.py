@@ -1,1 +1,0 @@
-"""How long running streams wait while a set of adapters is merged."""

@@ -1,0 +1,236 @@
+"""The store: whole files or none, and whatever breaks it breaks nothing else.
+
+Each fault is the real one: a full tmpfs, a killed process, a truncated file.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lego_core import LoraAdapter, LoraModule, MergeConfig
+from vllm_lego.recipe import Member, Recipe
+from vllm_lego.store import MergeStore
+
+MERGE = LoraAdapter(
+    "lego-0000000000000001",
+    {
+        f"layer.{i}": LoraModule(
+            torch.full((2, 64), float(i), dtype=torch.bfloat16),
+            torch.ones(32, 2, dtype=torch.bfloat16),
+        )
+        for i in range(3)
+    },
+)
+
+
+def recipe(number: int = 1) -> Recipe:
+    members = (Member("a", "/a", f"digest{number}", 1.0), Member("b", "/b", "digest-b", 0.5))
+    return Recipe(f"lego-{number:016x}", members, MergeConfig(rank=2))
+
+
+class Told(list[tuple[str, str]]):
+    def __call__(self, kind: str, label: str) -> None:
+        self.append((kind, label))
+
+
+def store(folder: Path, max_bytes: int = 1 << 20) -> tuple[MergeStore, Told]:
+    told = Told()
+    return MergeStore(folder, max_bytes, told), told
+
+
+def same(one: LoraAdapter, other: LoraAdapter) -> bool:
+    return one.modules.keys() == other.modules.keys() and all(
+        torch.equal(m.lora_a, other.modules[n].lora_a)
+        and torch.equal(m.lora_b, other.modules[n].lora_b)
+        and m.lora_a.dtype == other.modules[n].lora_a.dtype
+        for n, m in one.modules.items()
+    )
+
+
+def test_what_was_saved_is_loaded_by_another_server(tmp_path):
+    store(tmp_path / "new" / "folder")[0].save(recipe(), MERGE, 0.875)
+    other, told = store(tmp_path / "new" / "folder")
+    loaded = other.load(recipe())
+    assert loaded is not None
+    assert same(loaded[0], MERGE)
+    assert loaded[1] == 0.875
+    assert other.recipe(recipe().merge_id) == recipe()
+    assert other.load(recipe(2)) is None
+    assert told == []
+
+
+def test_where_the_members_lay_is_without_meaning(tmp_path):
+    """Another replica may have them elsewhere: content, weights and configuration count."""
+    kept, _ = store(tmp_path)
+    kept.save(recipe(), MERGE, 1.0)
+    moved = tuple(replace(member, path="/elsewhere") for member in recipe().members)
+    assert kept.load(replace(recipe(), members=moved)) is not None
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def one_bit_flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+
+
+def foreign(path: Path) -> None:
+    """A sound file, of another merge."""
+    other, _ = store(path.parent / "other")
+    other.save(recipe(2), MERGE, 1.0)
+    shutil.copy(path.parent / "other" / f"{recipe(2).merge_id}.safetensors", path)
+
+
+def no_safetensors(path: Path) -> None:
+    path.write_bytes(b"\xff" * 1000)
+
+
+@pytest.mark.parametrize("damage", [truncated, emptied, one_bit_flipped, foreign, no_safetensors])
+def test_a_file_that_is_not_the_merge_is_set_aside_and_written_again(tmp_path, damage):
+    kept, told = store(tmp_path)
+    kept.save(recipe(), MERGE, 1.0)
+    (path,) = tmp_path.glob("*.safetensors")
+    damage(path)
+    assert kept.load(recipe()) is None
+    assert told == [("errors", "store_broken")]
+    assert [p.name for p in tmp_path.glob("*.broken")] == [path.name + ".broken"]
+    kept.save(recipe(), MERGE, 1.0)
+    loaded = kept.load(recipe())
+    assert loaded is not None
+    assert same(loaded[0], MERGE)
+
+
+def test_it_is_bounded_and_drops_what_was_used_longest_ago(tmp_path):
+    probe, _ = store(tmp_path / "probe")
+    probe.save(recipe(), MERGE, 1.0)
+    (size,) = probe.merges().values()
+    kept, told = store(tmp_path / "store", 3 * size + 30)
+    paths = {i: tmp_path / "store" / f"{recipe(i).merge_id}.safetensors" for i in range(1, 6)}
+    for i in (1, 2, 3):
+        kept.save(recipe(i), MERGE, 1.0)
+        os.utime(paths[i], (i, i))
+    assert kept.load(recipe(1)) is not None  # used now
+    kept.save(recipe(4), MERGE, 1.0)
+    kept.save(recipe(5), MERGE, 1.0)
+    assert sorted(kept.merges()) == [recipe(i).merge_id for i in (1, 4, 5)]
+    assert told == [("evictions", "disk")] * 2
+    assert sum(p.stat().st_size for p in (tmp_path / "store").iterdir()) <= 3 * size + 30
+
+
+def test_what_a_killed_writer_left_is_cleared_away_in_time(tmp_path):
+    kept, told = store(tmp_path)
+    left = tmp_path / ".lego-0000000000000009.safetensors.abc.unfinished"
+    left.write_bytes(b"x" * 1000)
+    kept.save(recipe(), MERGE, 1.0)
+    assert left.exists()  # its writer may be at it
+    os.utime(left, (1, 1))
+    kept.save(recipe(2), MERGE, 1.0)
+    assert not left.exists()
+    assert told == []
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[Path]:
+    """A file system without room for a merge."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(folder)], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs takes privileges")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_disk_full(full):
+    kept, told = store(full)
+    kept.save(recipe(), replace(MERGE, modules=dict(MERGE.modules) | BIG), 1.0)
+    assert told == [("errors", "store_write")]
+    assert list(full.iterdir()) == []
+    assert kept.load(recipe()) is None
+
+
+BIG = {"big": LoraModule(torch.ones(2, 4096), torch.ones(4096, 2))}
+
+WRITE_BEYOND_THE_LIMIT = """
+import resource, sys
+from pathlib import Path
+from tests.plugin.test_store import MERGE, recipe, store
+kept, told = store(Path(sys.argv[1]))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+kept.save(recipe(), MERGE, 1.0)
+print(told, list(Path(sys.argv[1]).iterdir()))
+"""
+
+
+def test_a_write_that_the_system_cuts_short(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-c", WRITE_BEYOND_THE_LIMIT, str(tmp_path)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.stdout.strip() == "[('errors', 'store_write')] []"
+
+
+def test_store_unreadable(tmp_path):
+    """A folder that is a file can be neither read nor written, whoever asks."""
+    (tmp_path / "store").write_text("no folder")
+    kept, told = store(tmp_path / "store")
+    assert kept.load(recipe()) is None
+    kept.save(recipe(), MERGE, 1.0)
+    assert told == [("errors", "store_read"), ("errors", "store_write")]
+    assert kept.merges() == {}
+    assert kept.recipes() == []
+    assert kept.recipe(recipe().merge_id) is None
+
+
+WRITE_FOR_EVER = """
+import itertools, sys
+from pathlib import Path
+from tests.plugin.test_store import MERGE, recipe, store
+kept, _ = store(Path(sys.argv[1]), 1 << 17)
+print("started", flush=True)
+for i in itertools.count(1):
+    kept.save(recipe(i), MERGE, 1.0)
+"""
+
+
+def test_kill_9_in_the_middle_of_a_write(tmp_path):
+    for kill in range(3):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITE_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE
+        )
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        time.sleep(0.05 + 0.013 * kill)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        writer.stdout.close()
+        kept, told = store(tmp_path)
+        merges = kept.merges()
+        assert merges
+        for identity in merges:
+            loaded = kept.load(recipe(int(identity.removeprefix("lego-"), 16)))
+            assert loaded is not None
+            assert same(loaded[0], MERGE)
+        assert told == []

@@ -1,0 +1,113 @@
+"""An adapter as one flat buffer, so that one copy moves it between disk, host and device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from lego_core import LoraAdapter, LoraModule
+
+_ALIGNMENT = 16  # of each tensor in the buffer: a multiple of every dtype's size
+_WORDS_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where one tensor lies in the buffer; `offset` in bytes."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def view(self, buffer: torch.Tensor) -> torch.Tensor:
+        end = self.offset + math.prod(self.shape) * self.dtype.itemsize
+        return buffer[self.offset : end].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedAdapter:
+    """The tensors of one adapter in one buffer.
+
+    Attributes:
+        buffer: shape [nbytes], uint8; padding between tensors is zero.
+        places: module name, place of lora_A, place of lora_B, scaling.
+        name, digest, base_model: of the `LoraAdapter`.
+    """
+
+    buffer: torch.Tensor
+    places: tuple[tuple[str, _Place, _Place, float], ...]
+    name: str
+    digest: str
+    base_model: str | None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the buffer in bytes."""
+        return self.buffer.nbytes
+
+    @classmethod
+    def pack(cls, adapter: LoraAdapter) -> PackedAdapter:
+        """Copy an adapter's tensors into one buffer where they lie: a few launches."""
+        pieces: list[torch.Tensor] = []
+        size = 0
+
+        def put(tensor: torch.Tensor) -> _Place:
+            nonlocal size
+            place = _Place(size, tensor.dtype, tuple(tensor.shape))
+            pieces.append(tensor.contiguous().view(-1).view(torch.uint8))
+            padding = -tensor.nbytes % _ALIGNMENT
+            if padding:
+                pieces.append(tensor.new_zeros(padding, dtype=torch.uint8))
+            size += tensor.nbytes + padding
+            return place
+
+        places = tuple(
+            (name, put(module.lora_a), put(module.lora_b), module.scaling)
+            for name, module in adapter.modules.items()
+        )
+        return cls(torch.cat(pieces), places, adapter.name, adapter.digest, adapter.base_model)
+
+    def unpack(self, name: str | None = None) -> LoraAdapter:
+        """Return the adapter, its tensors views of the buffer, under its own or another name."""
+        modules = {
+            module: LoraModule(a.view(self.buffer), b.view(self.buffer), scaling)
+            for module, a, b, scaling in self.places
+        }
+        return LoraAdapter(name or self.name, modules, self.digest, self.base_model)
+
+    def on(self, device: torch.device) -> PackedAdapter:
+        """Return it on a device; on its own device, itself.
+
+        To CUDA the copy is queued on the current stream, from pinned memory without waiting.
+        """
+        if self.buffer.device.type == device.type:
+            return self
+        return replace(self, buffer=self.buffer.to(device, non_blocking=True))
+
+    def in_host_memory(self) -> PackedAdapter:
+        """Return it in host memory, pinned if there is CUDA to copy it to. Waits for the copy."""
+        pin = torch.cuda.is_available()
+        if self.buffer.device.type == "cpu" and self.buffer.is_pinned() >= pin:
+            return self
+        host = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=pin)
+        host.copy_(self.buffer, non_blocking=True)
+        if self.buffer.device.type == "cuda":
+            torch.cuda.current_stream(self.buffer.device).synchronize()
+        return replace(self, buffer=host)
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that any change of one 32-bit word changes; no cryptography.
+
+        Formed where the buffer lies, from integers modulo 2^64: the order of the sum is without
+        meaning, so that equal bytes have equal fingerprints on every device.
+        """
+        total = 0
+        words = self.buffer.view(torch.int32)
+        for start in range(0, len(words), _WORDS_AT_ONCE):
+            part = words[start : start + _WORDS_AT_ONCE].long()
+            # Odd factors: no difference of one word times one of them is 0 modulo 2^64.
+            factors = torch.arange(start, start + len(part), device=part.device) * 2 + 1
+            total += int((part * factors).sum())
+        return f"{total % (1 << 64):016x}"

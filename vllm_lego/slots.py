@@ -1,0 +1,111 @@
+"""Admission to the engine's adapter slots, so that nobody waits for ever.
+
+vLLM runs at most `--max-loras` adapters at a time and lets the others wait until one of those has
+no request left: never, while new ones keep coming. So requests pass here first, sets and single
+adapters alike. At most as many names as there are slots are admitted at once; the others stand in
+line, in the order of their first request. While somebody stands in line, as many of the names that
+were admitted longest as there are names in line, and that had their `quantum`, admit no more
+requests: their new ones go to the end of the line.
+
+So the k-th in line is admitted after at most ceil(k / slots) * (quantum + the longest request).
+
+Imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class _Admitted:
+    """A name that has a slot, since when (monotonic seconds), and how many requests use it."""
+
+    since: float
+    requests: int
+
+
+class Slots:
+    """The slots of one engine, on one event loop.
+
+    Args:
+        count: names that are admitted at a time.
+        quantum_s: how long a name may keep others waiting, in seconds.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, count: int, quantum_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._count = count
+        self._quantum_s = quantum_s
+        self._clock = clock
+        # Both in order of arrival: the first admitted is the first to make room.
+        self._admitted: dict[str, _Admitted] = {}
+        self._line: dict[str, list[asyncio.Future[None]]] = {}
+
+    @asynccontextmanager
+    async def admitted(self, name: str) -> AsyncIterator[None]:
+        """Wait until the engine has a slot for this name, and keep it while the context is open."""
+        if not self._enter(name):
+            await self._stand_in_line(name)
+        try:
+            yield
+        finally:
+            self._leave(name)
+
+    def waiting(self) -> int:
+        """Return how many names stand in line."""
+        return len(self._line)
+
+    def _enter(self, name: str) -> bool:
+        """Admit one request, if that takes nothing from those in line."""
+        admitted = self._admitted.get(name)
+        if admitted is not None:
+            if self._must_make_room(name):
+                return False
+            admitted.requests += 1
+            return True
+        if self._line or len(self._admitted) >= self._count:
+            return False
+        self._admitted[name] = _Admitted(self._clock(), 1)
+        return True
+
+    def _must_make_room(self, name: str) -> bool:
+        if name in self._line:  # it did before, and stays behind those it let pass
+            return True
+        oldest = list(self._admitted)[: len(self._line)]
+        return name in oldest and self._clock() - self._admitted[name].since >= self._quantum_s
+
+    async def _stand_in_line(self, name: str) -> None:
+        place = asyncio.get_running_loop().create_future()
+        self._line.setdefault(name, []).append(place)
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():  # admitted at the very moment it left
+                self._leave(name)
+            else:
+                self._line[name].remove(place)
+                if not self._line[name]:
+                    del self._line[name]
+            raise
+
+    def _leave(self, name: str) -> None:
+        admitted = self._admitted[name]
+        admitted.requests -= 1
+        if admitted.requests:
+            return
+        del self._admitted[name]
+        # A name that is still draining and in line as well keeps its place there.
+        for next_name in [n for n in self._line if n not in self._admitted]:
+            if len(self._admitted) >= self._count:
+                return
+            places = self._line.pop(next_name)
+            self._admitted[next_name] = _Admitted(self._clock(), len(places))
+            for place in places:
+                place.set_result(None)

@@ -1,0 +1,187 @@
+"""What a worker keeps so that it need not read or merge again: members, and merges of old.
+
+Merges go to host memory and to the store as soon as they are made, so that what the device drops
+later costs nothing to drop. Members are kept in host memory, and on the device in what its merges
+leave of the budget. Everything is bounded in bytes and goes least recently used first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from cachetools import Cache, LRUCache
+
+from lego_core import LoraAdapter, load_adapter
+from vllm_lego.packed import PackedAdapter
+from vllm_lego.recipe import Member, Recipe
+from vllm_lego.settings import Settings
+from vllm_lego.store import MergeStore
+
+_EVENTS = 10_000  # told of at the next poll; nobody polls only while nothing happens
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeptMerge:
+    """A merge in host memory, and how it was made."""
+
+    packed: PackedAdapter
+    recipe: Recipe
+    fidelity: float
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.packed.nbytes
+
+
+class Tiers:
+    """The caches of one worker below the merges that are ready on its device. Thread-safe.
+
+    Args:
+        device: of the worker.
+        check: raises a `LegoError` for a member that does not fit the base model.
+        settings: the budgets.
+        writes: whether this worker writes to the store; one of an engine is enough.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        check: Callable[[LoraAdapter], None],
+        settings: Settings,
+        *,
+        writes: bool,
+    ) -> None:
+        self._device = device
+        self._check = check
+        self._device_bytes = settings.device_cache_bytes
+        self._writes = writes
+        self._lock = threading.Lock()
+        self._events: deque[tuple[str, str]] = deque(maxlen=_EVENTS)
+        self._host = _Noticing(settings.host_cache_bytes, self._evicted)
+        self._on_device: LRUCache[str, PackedAdapter] = LRUCache(
+            settings.device_cache_bytes, getsizeof=lambda packed: packed.nbytes
+        )
+        self._store = (
+            MergeStore(Path(settings.store_dir), settings.store_bytes, self.tell)
+            if settings.store_dir
+            else None
+        )
+
+    def member(self, member: Member) -> LoraAdapter:
+        """Return a member on the device, from there, host memory or its files.
+
+        The caller keeps it until the device has read it.
+
+        Raises:
+            LegoError: its files are not there, not the content that is meant, or do not fit.
+        """
+        with self._lock:
+            packed = self._on_device.get(member.digest)
+            kept = self._host.get(member.digest)
+        if packed is None:
+            if not isinstance(kept, PackedAdapter):
+                adapter = load_adapter(member.path, name=member.name, digest=member.digest)
+                self._check(adapter)
+                kept = PackedAdapter.pack(adapter).in_host_memory()
+                self._keep_in_host_memory(member.digest, kept)
+            packed = kept.on(self._device)
+            if self._device.type == "cuda":  # others will use it on streams of theirs
+                torch.cuda.current_stream(self._device).synchronize()
+            with self._lock:
+                if packed is not kept and packed.nbytes <= self._on_device.maxsize:
+                    self._on_device[member.digest] = packed
+        return packed.unpack(member.name)
+
+    def spare_device(self, merges_bytes: int) -> None:
+        """Drop members from the device until merges of this size fit into the budget beside them."""
+        with self._lock:
+            while self._on_device and merges_bytes + self._on_device.currsize > self._device_bytes:
+                self._on_device.popitem()
+
+    def drop_from_device(self) -> None:
+        """Drop all members from the device."""
+        with self._lock:
+            self._on_device.clear()
+
+    def find(self, recipe: Recipe) -> tuple[PackedAdapter, float, str] | None:
+        """Return a merge on the device, its fidelity and the tier it came from, if one has it."""
+        with self._lock:
+            kept = self._host.get(recipe.merge_id)
+        if isinstance(kept, KeptMerge):
+            return kept.packed.on(self._device), kept.fidelity, "host"
+        stored = self._store.load(recipe) if self._store else None
+        if stored is None:
+            return None
+        adapter, fidelity = stored
+        packed = PackedAdapter.pack(adapter).in_host_memory()
+        self._keep_in_host_memory(recipe.merge_id, KeptMerge(packed, recipe, fidelity))
+        return packed.on(self._device), fidelity, "disk"
+
+    def keep(self, recipe: Recipe, packed: PackedAdapter, fidelity: float) -> None:
+        """Keep a merge that was just made in host memory and in the store."""
+        if packed.nbytes > self._host.maxsize and not (self._store and self._writes):
+            return
+        kept = KeptMerge(packed.in_host_memory(), recipe, fidelity)
+        self._keep_in_host_memory(recipe.merge_id, kept)
+        if self._store is not None and self._writes:
+            self._store.save(recipe, kept.packed.unpack(), fidelity)
+
+    def in_host_memory(self) -> list[KeptMerge]:
+        """Return the merges in host memory."""
+        with self._lock:
+            kept = [self._host.peek(key) for key in self._host]
+        return [merge for merge in kept if isinstance(merge, KeptMerge)]
+
+    def account(self) -> dict[str, tuple[int, int]]:
+        """Return entries and bytes of merges by tier. Looks through the store: not for the loop."""
+        in_host = [merge.nbytes for merge in self.in_host_memory()]
+        on_disk = self._store.merges().values() if self._store else []
+        return {
+            "host": (len(in_host), sum(in_host)),
+            "disk": (len(on_disk), sum(on_disk)),
+        }
+
+    def events(self) -> list[tuple[str, str]]:
+        """Return (`evictions`, tier) and (`errors`, reason) since the last call."""
+        events: list[tuple[str, str]] = []
+        while self._events:
+            events.append(self._events.popleft())
+        return events
+
+    def tell(self, kind: str, label: str) -> None:
+        """Note an event for the metrics, see `events`."""
+        self._events.append((kind, label))
+
+    def _keep_in_host_memory(self, key: str, kept: PackedAdapter | KeptMerge) -> None:
+        with self._lock:
+            if kept.nbytes <= self._host.maxsize:
+                self._host[key] = kept
+
+    def _evicted(self, kept: PackedAdapter | KeptMerge) -> None:
+        if isinstance(kept, KeptMerge):
+            self.tell("evictions", "host")
+
+
+class _Noticing(LRUCache[str, PackedAdapter | KeptMerge]):
+    """A byte-bounded LRU that tells what it drops to make room."""
+
+    def __init__(
+        self, max_bytes: int, on_eviction: Callable[[PackedAdapter | KeptMerge], None]
+    ) -> None:
+        super().__init__(max_bytes, getsizeof=lambda kept: kept.nbytes)
+        self._on_eviction = on_eviction
+
+    def peek(self, key: str) -> PackedAdapter | KeptMerge:
+        """Return an entry; looking is not using."""
+        return Cache.__getitem__(self, key)
+
+    def popitem(self) -> tuple[str, PackedAdapter | KeptMerge]:
+        key, kept = super().popitem()
+        self._on_eviction(kept)
+        return key, kept
