@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -26,18 +28,18 @@ class _Place:
         return buffer[self.offset : end].view(self.dtype).view(self.shape)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class PackedAdapter:
     """The tensors of one adapter in one buffer.
 
     Attributes:
         buffer: shape [nbytes], uint8; padding between tensors is zero.
-        places: module name, place of lora_A, place of lora_B, scaling.
+        places: module name, place of lora_A, place of lora_B, scaling, whether an embedding.
         name, digest, base_model: of the `LoraAdapter`.
     """
 
     buffer: torch.Tensor
-    places: tuple[tuple[str, _Place, _Place, float], ...]
+    places: tuple[tuple[str, _Place, _Place, float, bool], ...]
     name: str
     digest: str
     base_model: str | None
@@ -49,7 +51,15 @@ class PackedAdapter:
 
     @classmethod
     def pack(cls, adapter: LoraAdapter) -> PackedAdapter:
-        """Copy an adapter's tensors into one buffer where they lie: a few launches."""
+        """Bring an adapter's tensors into one buffer where they lie; a merge's already are in one."""
+        modules = adapter.modules
+        whole = _common_storage([half for m in modules.values() for half in (m.lora_a, m.lora_b)])
+        if whole is not None:
+            places = tuple(
+                (name, _lies(m.lora_a), _lies(m.lora_b), m.scaling, m.is_embedding)
+                for name, m in modules.items()
+            )
+            return cls(whole, places, adapter.name, adapter.digest, adapter.base_model)
         pieces: list[torch.Tensor] = []
         size = 0
 
@@ -64,18 +74,23 @@ class PackedAdapter:
             return place
 
         places = tuple(
-            (name, put(module.lora_a), put(module.lora_b), module.scaling)
-            for name, module in adapter.modules.items()
+            (name, put(m.lora_a), put(m.lora_b), m.scaling, m.is_embedding)
+            for name, m in modules.items()
         )
         return cls(torch.cat(pieces), places, adapter.name, adapter.digest, adapter.base_model)
 
     def unpack(self, name: str | None = None) -> LoraAdapter:
         """Return the adapter, its tensors views of the buffer, under its own or another name."""
+        return self._adapter if name in (None, self.name) else replace(self._adapter, name=name)
+
+    @cached_property
+    def _adapter(self) -> LoraAdapter:
+        """Made once: an adapter has hundreds of views, and a member is asked for again and again."""
         modules = {
-            module: LoraModule(a.view(self.buffer), b.view(self.buffer), scaling)
-            for module, a, b, scaling in self.places
+            name: LoraModule(a.view(self.buffer), b.view(self.buffer), scaling, is_embedding)
+            for name, a, b, scaling, is_embedding in self.places
         }
-        return LoraAdapter(name or self.name, modules, self.digest, self.base_model)
+        return LoraAdapter(self.name, modules, self.digest, self.base_model)
 
     def on(self, device: torch.device) -> PackedAdapter:
         """Return it on a device; on its own device, itself.
@@ -111,3 +126,22 @@ class PackedAdapter:
             factors = torch.arange(start, start + len(part), device=part.device) * 2 + 1
             total += int((part * factors).sum())
         return f"{total % (1 << 64):016x}"
+
+
+def _common_storage(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Return the memory that the tensors share as bytes, if it is little more than they are."""
+    storage = tensors[0].untyped_storage()
+    shared = all(
+        tensor.is_contiguous() and tensor.untyped_storage().data_ptr() == storage.data_ptr()
+        for tensor in tensors
+    )
+    # Whole words for the fingerprint, and nothing that belongs to others.
+    if not shared or storage.nbytes() % 4 or storage.nbytes() > sum(t.nbytes for t in tensors):
+        return None
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _lies(tensor: torch.Tensor) -> _Place:
+    """Return where a tensor lies in its storage."""
+    offset = int(tensor.storage_offset()) * tensor.itemsize
+    return _Place(offset, tensor.dtype, tuple(tensor.shape))

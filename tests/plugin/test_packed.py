@@ -1,0 +1,65 @@
+"""Adapters in one buffer: what goes in comes out, wherever the tensors lay before."""
+
+import torch
+
+from lego_core import LoraAdapter, LoraModule, MergeConfig, merge_adapters
+from vllm_lego.packed import PackedAdapter
+
+
+def adapter(name: str, seed: int) -> LoraAdapter:
+    draws = torch.Generator().manual_seed(seed)
+    return LoraAdapter(
+        name,
+        {
+            "embed_tokens": LoraModule(
+                torch.randn(3, 11, generator=draws),
+                torch.randn(5, 3, generator=draws),
+                0.5,
+                is_embedding=True,
+            ),
+            "q_proj": LoraModule(
+                torch.randn(3, 7, generator=draws).bfloat16(),
+                torch.randn(5, 3, generator=draws).bfloat16(),
+                2.0,
+            ),
+        },
+        digest="d" + name,
+        base_model="org/base",
+    )
+
+
+def assert_same(found: LoraAdapter, wanted: LoraAdapter) -> None:
+    assert list(found.modules) == list(wanted.modules)
+    assert (found.digest, found.base_model) == (wanted.digest, wanted.base_model)
+    for name, module in wanted.modules.items():
+        other = found.modules[name]
+        assert (other.scaling, other.is_embedding) == (module.scaling, module.is_embedding)
+        assert torch.equal(other.lora_a, module.lora_a)
+        assert torch.equal(other.lora_b, module.lora_b)
+
+
+def test_tensors_of_their_own_are_copied_into_one_buffer():
+    source = adapter("a", 0)
+    packed = PackedAdapter.pack(source)
+    assert_same(packed.unpack(), source)
+    assert packed.unpack("other").name == "other"
+    assert packed.unpack() is packed.unpack()
+    source.modules["q_proj"].lora_a.zero_()
+    assert packed.unpack().modules["q_proj"].lora_a.any()
+
+
+def test_a_merge_is_packed_where_it_lies():
+    merged = merge_adapters([adapter("a", 0), adapter("b", 1)], MergeConfig(rank=4))
+    packed = PackedAdapter.pack(merged)
+    assert_same(packed.unpack(), merged)
+    assert packed.nbytes == merged.nbytes
+    assert packed.buffer.data_ptr() == merged.modules["embed_tokens"].lora_a.data_ptr()
+    assert len(packed.fingerprint()) == 16
+
+
+def test_a_part_of_a_larger_storage_does_not_bring_the_rest_along():
+    merged = merge_adapters([adapter("a", 0), adapter("b", 1)], MergeConfig(rank=4))
+    part = LoraAdapter("part", {"q_proj": merged.modules["q_proj"]})
+    packed = PackedAdapter.pack(part)
+    assert_same(packed.unpack(), part)
+    assert packed.nbytes < merged.nbytes
