@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,14 @@ from pathlib import Path
 from cachetools import LRUCache
 
 from lego_core import AdapterConfig, LegoError, describe_adapter
-from lego_core.adapter_io import CONFIG_FILE, WEIGHTS_FILE
+from lego_core.adapter_io import CONFIG_FILE
 from vllm_lego.adapter_set import shown
 from vllm_lego.errors import UnknownAdapterError, UnmergeableError
 
 _REMEMBERED = 4096
 
-_Key = tuple[str, str, tuple[int, ...] | None]
+_Stamp = tuple[tuple[str | int, ...], ...]
+_Key = tuple[str, str, _Stamp | None]
 """Name, folder, and what changes whenever its files do."""
 
 
@@ -98,15 +100,24 @@ class Catalog:
             self._known[key] = reading.result()
 
 
-def _stamp(path: str) -> tuple[int, ...] | None:
-    """Return what changes whenever the files do; None when they cannot be found."""
+def _stamp(path: str) -> _Stamp | None:
+    """Return what changes whenever the files do, shards and their index too; None if there are none."""
     try:
-        stats = [(Path(path) / file).stat() for file in (CONFIG_FILE, WEIGHTS_FILE)]
+        with os.scandir(path) as files:
+            stats = {file.name: file.stat() for file in files if _is_read(file.name)}
     except OSError:
         return None
-    return tuple(n for s in stats for n in (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns))
+    return tuple(
+        (name, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        for name, stat in sorted(stats.items())
+    )
+
+
+def _is_read(file: str) -> bool:
+    return file == CONFIG_FILE or ".safetensors" in file
 
 
 def _describe(name: str, path: str) -> CatalogEntry:
-    config, digest, nbytes = describe_adapter(path, name=name)
+    # A Path is always a folder: what was not allowed is not fetched, whatever its name.
+    config, digest, nbytes = describe_adapter(Path(path), name=name)
     return CatalogEntry(name, path, config, digest, nbytes)

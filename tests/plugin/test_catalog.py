@@ -1,0 +1,95 @@
+"""What can be named is what the operator named; files are read again when they change, not else."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lego_core import LoraAdapter, LoraModule, save_adapter
+from lego_core.adapter_files import INDEX_FILE, WEIGHTS_FILE
+from vllm_lego import catalog
+from vllm_lego.catalog import Catalog, CatalogEntry
+from vllm_lego.errors import UnknownAdapterError, UnmergeableError
+
+
+def saved(folder: Path, value: float = 1.0) -> Path:
+    modules = {
+        f"layer.{i}": LoraModule(torch.full((2, 6), value), torch.ones(4, 2)) for i in range(2)
+    }
+    save_adapter(LoraAdapter("a", modules), folder, overwrite=True)
+    return folder
+
+
+def sharded(folder: Path) -> Path:
+    """Split an adapter's weights into a file per tensor and an index."""
+    tensors = load_file(folder / WEIGHTS_FILE)
+    places = {key: f"adapter_model-{i}.safetensors" for i, key in enumerate(sorted(tensors))}
+    for key, file in places.items():
+        save_file({key: tensors[key]}, folder / file)
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": places}))
+    (folder / WEIGHTS_FILE).unlink()
+    return folder
+
+
+def looked_up(adapters: Catalog, name: str) -> CatalogEntry:
+    (entry,) = asyncio.run(adapters.look_up([name], param="adapters"))
+    return entry
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the adapters whose files were read."""
+    names = []
+    describe = catalog.describe_adapter
+
+    def noted(source: Any, *, name: str) -> Any:
+        names.append(name)
+        return describe(source, name=name)
+
+    monkeypatch.setattr(catalog, "describe_adapter", noted)
+    return names
+
+
+@pytest.mark.parametrize("layout", [lambda folder: folder, sharded])
+def test_files_are_read_once_and_again_when_one_of_them_changes(tmp_path, read, layout):
+    folder = layout(saved(tmp_path / "a"))
+    adapters = Catalog({"a": str(folder)})
+    first = looked_up(adapters, "a")
+    assert looked_up(adapters, "a") == first
+    assert read == ["a"]
+    weights = max(folder.glob("*.safetensors"))
+    tensors = {key: tensor * 2 for key, tensor in load_file(weights).items()}
+    replacement = tmp_path / "replacement"
+    save_file(tensors, replacement)
+    replacement.replace(weights)
+    assert looked_up(adapters, "a").digest != first.digest
+    assert read == ["a", "a"]
+
+
+def test_a_file_that_took_the_place_of_shards_is_noticed(tmp_path):
+    folder = sharded(saved(tmp_path / "a"))
+    adapters = Catalog({"a": str(folder)})
+    first = looked_up(adapters, "a")
+    saved(tmp_path / "b", 2.0)
+    (tmp_path / "b" / WEIGHTS_FILE).rename(folder / WEIGHTS_FILE)
+    assert looked_up(adapters, "a").digest != first.digest
+
+
+def test_what_could_be_a_hub_repository_is_a_folder_all_the_same(tmp_path, monkeypatch):
+    """The plugin fetches nothing, whatever the operator's path looks like."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **k: pytest.fail("fetched"))
+    with pytest.raises(UnmergeableError, match=r"adapter 'a' has no adapter_config\.json"):
+        looked_up(Catalog({"a": "org/name"}), "a")
+
+
+def test_what_nobody_named_is_unknown(tmp_path):
+    saved(tmp_path / "a")
+    with pytest.raises(UnknownAdapterError, match="'b' is not served here"):
+        looked_up(Catalog({"a": str(tmp_path / "a")}), "b")
