@@ -111,7 +111,9 @@ def _shape_of_expert(layers: Mapping[str, torch.nn.Module], name: str) -> _Shape
     `gate_up_proj` is [experts, 2 * inner, hidden] and `down_proj` [experts, hidden, inner].
     """
     match = _EXPERT.fullmatch(name)
-    experts = layers.get(match[1]) if match else None
+    # Checkpoints of Mixtral, and adapters that go with them, have a name that transformers 5 has not.
+    place = match[1].replace(".block_sparse_moe.", ".mlp.") if match else ""
+    experts = layers.get(place)
     gate_up, down = (getattr(experts, part, None) for part in ("gate_up_proj", "down_proj"))
     if match is None or gate_up is None or down is None or gate_up.ndim != 3 or down.ndim != 3:
         return None
