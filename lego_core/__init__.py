@@ -2,6 +2,8 @@
 
 >>> merged = merge_adapters([load_adapter("sql"), load_adapter("style")], MergeConfig(rank=16))
 >>> save_adapter(merged, "sql+style")
+
+`lego_core.comparison` tells how alike adapters are and what each method would make of them.
 """
 
 from lego_core.adapter import LoraAdapter, LoraModule
@@ -20,6 +22,7 @@ from lego_core.errors import (
 )
 from lego_core.hub import ResolvedSource, resolve_source
 from lego_core.merge import ALGORITHM_VERSION, MergeReport, ModuleReport, merge_adapters
+from lego_core.provenance import merge_provenance, read_provenance
 
 __all__ = [
     "ALGORITHM_VERSION",
@@ -42,6 +45,8 @@ __all__ = [
     "describe_adapter",
     "load_adapter",
     "merge_adapters",
+    "merge_provenance",
+    "read_provenance",
     "resolve_source",
     "save_adapter",
 ]

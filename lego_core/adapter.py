@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -13,6 +14,9 @@ from numpy.typing import NDArray
 
 from lego_core.errors import AdapterFormatError
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""The dtypes that LoRA weights may have."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraModule:
@@ -22,7 +26,7 @@ class LoraModule:
     width), so its update is the transpose of `delta()`.
 
     Attributes:
-        lora_a: A, shape [rank, in_features], floating point.
+        lora_a: A, shape [rank, in_features], of one of the `DTYPES`.
         lora_b: B, shape [out_features, rank], same device as A.
         scaling: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
         is_embedding: whether the layer is an embedding; PEFT names and stores those otherwise.
@@ -144,7 +148,12 @@ class LoraAdapter:
 
     @cached_property
     def table(self) -> WeightTable:
-        """Where its weights lie; found once, since a set of adapters has thousands of tensors."""
+        """Where its weights lie; found once, since a set of adapters has thousands of tensors.
+
+        Raises:
+            AdapterFormatError: they are not what the attributes of `LoraModule` say.
+        """
+        self.check()
         modules = self.modules.values()
         halves = [[m.lora_a for m in modules], [m.lora_b for m in modules]]
         tensors = halves[0] + halves[1]
@@ -156,14 +165,45 @@ class LoraAdapter:
             is_contiguous=all(tensor.is_contiguous() for tensor in tensors),
         )
 
+    def check(self) -> None:
+        """See that the tensors can be merged and saved; their values are not looked at.
+
+        Raises:
+            AdapterFormatError: they are not what the attributes of `LoraModule` say.
+        """
+        for name, module in self.modules.items():
+            for label, half in (("lora_A", module.lora_a), ("lora_B", module.lora_b)):
+                if (
+                    half.dtype not in DTYPES
+                    or half.layout != torch.strided
+                    or half.device.type not in {"cpu", "cuda"}
+                    or half.device != module.lora_a.device
+                ):
+                    raise AdapterFormatError(
+                        f"adapter {self.name!r}, module {name!r}: {label} is a {half.dtype} tensor, "
+                        f"{half.layout}, on {half.device}; expected a dense one of float64, float32, float16 or bfloat16 on the CPU or a CUDA device, "
+                        "the same for both halves"
+                    )
+            if not math.isfinite(module.scaling):
+                raise AdapterFormatError(
+                    f"adapter {self.name!r}, module {name!r}: scaling is {module.scaling}; it must be "
+                    "a finite number"
+                )
+
     @property
     def nbytes(self) -> int:
         """Size of its tensors in bytes."""
         return sum(m.lora_a.nbytes + m.lora_b.nbytes for m in self.modules.values())
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all entries are: one pass and no temporary, as bounds are NaN where any entry is."""
+    return all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor))
+
+
 def content_digest(adapter: LoraAdapter) -> str:
     """Return a SHA-256 (hex) of the tensors and scalings, for adapters made in memory."""
+    adapter.check()
     sha = hashlib.sha256()
     for name, module in sorted(adapter.modules.items()):
         kind = " embedding" if module.is_embedding else ""

@@ -46,7 +46,7 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-"""The dtypes that LoRA weights may have, by their name in safetensors."""
+"""The dtypes of LoRA weights by their name in safetensors."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lego_core.adapter import LoraAdapter, LoraModule
+from lego_core.adapter import LoraAdapter, LoraModule, is_finite
 from lego_core.adapter_config import CONFIG_FILE, AdapterConfig, parse_config
 from lego_core.adapter_files import (
     DTYPES,
@@ -216,7 +216,7 @@ def _modules(
                 f"without {PREFIX!r}"
             )
         halves[half] = tensors[key]
-        if tensors[key].numel() and not _is_finite(tensors[key]):
+        if tensors[key].numel() and not is_finite(tensors[key]):
             raise AdapterFormatError(
                 f"adapter {name!r}, module {module!r}: {half.label} holds NaN or Inf"
             )
@@ -247,8 +247,3 @@ def _module(
         )
     scaling = config.scaling_of(module)
     return LoraModule(a, halves[half_b], scaling, is_embedding=is_embedding)
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """One pass and no temporary: minimum and maximum are NaN where any entry is."""
-    return all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor))

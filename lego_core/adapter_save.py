@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lego_core.adapter import LoraAdapter
+from lego_core.adapter import LoraAdapter, is_finite
 from lego_core.adapter_config import CONFIG_FILE, shown
 from lego_core.adapter_files import MAX_CONFIG_BYTES, WEIGHTS_FILE
 from lego_core.errors import AdapterFormatError, AdapterWriteError, ConfigError
@@ -72,11 +72,13 @@ def save_adapter(
         overwrite: replace whatever is in the folder.
 
     Raises:
-        AdapterFormatError: the modules differ in rank or scaling, which one PEFT configuration
-            without patterns cannot say. A merged adapter never does.
+        AdapterFormatError: what `load_adapter` would refuse; or the modules differ in rank or
+            scaling, which one PEFT configuration without patterns cannot say. A merged adapter
+            never does.
         ConfigError: the provenance is not JSON.
         AdapterWriteError: the folder is not empty, or cannot be written.
     """
+    _check_loadable(adapter)
     config = _config(adapter)
     metadata = {"format": "pt"}
     if provenance is not None:
@@ -119,6 +121,18 @@ def save_adapter(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _check_loadable(adapter: LoraAdapter) -> None:
+    adapter.check()
+    for name, module in adapter.modules.items():
+        if not name:
+            raise AdapterFormatError(f"adapter {adapter.name!r} has a module without a name")
+        for side, tensor in (("A", module.lora_a), ("B", module.lora_b)):
+            if not is_finite(tensor):
+                raise AdapterFormatError(
+                    f"adapter {adapter.name!r}, module {name!r}: lora_{side} holds NaN or Inf"
+                )
+
+
 def _config(adapter: LoraAdapter) -> dict[str, Any]:
     ranks = {module.rank for module in adapter.modules.values()}
     scalings = {module.scaling for module in adapter.modules.values()}
@@ -145,6 +159,7 @@ def _config(adapter: LoraAdapter) -> dict[str, Any]:
 
 def _as_json(provenance: Mapping[str, Any]) -> str:
     try:
+        json.dumps(dict(provenance), ensure_ascii=False).encode()  # no half of a surrogate pair
         return json.dumps(dict(provenance), sort_keys=True, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"provenance {shown(provenance)} is not JSON ({error})") from error

@@ -67,7 +67,12 @@ def resolve_source(
         AdapterFormatError: its index of shards is nonsense.
         HubError: the hub could not be reached or did not deliver.
     """
-    path = Path(source)
+    try:
+        path = Path(source)
+    except TypeError as error:
+        raise AdapterNotFoundError(
+            f"{source!r} is neither a path nor the name of a hub repository"
+        ) from error
     if not isinstance(source, str) or not _REPOSITORY.fullmatch(source) or os.path.lexists(source):
         name = name if name is not None else path.name
         if revision is not None:

@@ -8,11 +8,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from numbers import Real
 from typing import Any, Literal, overload
 
 import torch
 
-from lego_core.adapter import LoraAdapter, LoraModule, content_digest
+from lego_core.adapter import DTYPES, LoraAdapter, LoraModule, content_digest
 from lego_core.config import MergeConfig
 from lego_core.errors import ConfigError, IncompatibleAdaptersError
 from lego_core.methods import METHODS
@@ -111,12 +112,19 @@ def merge_adapters(
         The merged adapter, and the report if asked for.
 
     Raises:
+        AdapterFormatError: tensors or scalings that are not what `LoraModule` says.
         ConfigError: no adapters, weights that do not fit them, or a device or dtype that cannot be.
         IncompatibleAdaptersError: adapters of different base models or shapes, or numbers that
             overflow.
     """
     started = time.perf_counter()
-    config = config or MergeConfig()
+    if config is None:
+        config = MergeConfig()
+    if not isinstance(config, MergeConfig):
+        raise ConfigError(
+            f"config is a {type(config).__name__}; it must be a MergeConfig, which "
+            "MergeConfig.from_mapping makes of a mapping"
+        )
     method = METHODS[config.method]
     members = _in_canonical_order(adapters, weights)
     sources = [adapter for adapter, _ in members]
@@ -129,8 +137,9 @@ def merge_adapters(
         dtype = sources[0].dtype
         for source in sources[1:]:
             dtype = torch.promote_types(dtype, source.dtype)
-    if not dtype.is_floating_point:
-        raise ConfigError(f"dtype is {dtype}; it must be a floating-point one", param="dtype")
+    if dtype not in DTYPES:
+        wanted_dtypes = ", ".join(map(str, DTYPES))
+        raise ConfigError(f"dtype is {dtype}; it must be one of {wanted_dtypes}", param="dtype")
 
     clock = _Clock(target)
     outcomes: list[tuple[Group, Merged]] = []
@@ -200,13 +209,15 @@ class _Clock:
 def _in_canonical_order(
     adapters: Sequence[LoraAdapter], weights: Sequence[float] | None
 ) -> list[tuple[LoraAdapter, float]]:
+    adapters = list(adapters)
     if not adapters:
         raise ConfigError("no adapters to merge: give at least one")
-    if weights is None:
-        weights = [1.0] * len(adapters)
+    weights = [1.0] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters):
         raise ConfigError(f"{len(adapters)} adapters but {len(weights)} weights: give one each")
     for adapter, weight in zip(adapters, weights, strict=True):
+        if not isinstance(adapter, LoraAdapter):
+            raise ConfigError(f"{adapter!r} is no LoraAdapter; load_adapter makes one of a folder")
         if not _is_finite(weight):
             raise ConfigError(
                 f"adapter {adapter.name!r} has weight {weight!r}; it must be a finite number"
@@ -232,7 +243,7 @@ def _check_base_models(adapters: Sequence[LoraAdapter]) -> None:
 
 def _is_finite(weight: object) -> bool:
     try:
-        return isinstance(weight, int | float) and math.isfinite(weight)
+        return isinstance(weight, Real) and math.isfinite(weight)
     except OverflowError:  # an integer beyond all floats
         return False
 
@@ -259,7 +270,8 @@ def _usable(device: torch.device | str) -> torch.device:
     try:
         target = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"device is {device!r}: {error}", param="device") from error
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device is {device!r}: {reason}", param="device") from error
     count = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(target.type, 0)
     if (target.index or 0) >= count:
         raise ConfigError(

@@ -36,7 +36,8 @@ def merge_provenance(
     return {
         "members": [
             {
-                "name": adapter.name,
+                # A folder's name can be no text at all; in JSON it must be.
+                "name": adapter.name.encode(errors="backslashreplace").decode(),
                 "digest": adapter.digest or content_digest(adapter),
                 "weight": float(weight),
             }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from lego_core import (
     describe_adapter,
     load_adapter,
     merge_adapters,
+    merge_provenance,
+    read_provenance,
+    resolve_source,
     save_adapter,
 )
 from lego_core.adapter_io import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE, parse_config
@@ -144,6 +148,31 @@ def test_saved_files_have_the_mode_of_any_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     wanted = (tmp_path / "plain").stat().st_mode
     assert {(tmp_path / file).stat().st_mode for file in (CONFIG_FILE, WEIGHTS_FILE)} == {wanted}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_would_not_load_is_not_saved(tmp_path: Path, value: float) -> None:
+    module = strategies.module(0, 2)
+    module.lora_b[1, 1] = value
+    with pytest.raises(AdapterFormatError, match=r"'sql', module 'q_proj': lora_B holds NaN"):
+        save_adapter(LoraAdapter("sql", {"q_proj": module}), tmp_path / "out")
+    with pytest.raises(AdapterFormatError, match="'sql' has a module without a name"):
+        save_adapter(LoraAdapter("sql", {"": strategies.module(0, 2)}), tmp_path / "out")
+
+
+def test_provenance_of_a_name_that_is_no_text_can_be_read(tmp_path: Path) -> None:
+    adapter = LoraAdapter(os.fsdecode(b"caf\xe9"), {"q_proj": strategies.module(0, 2)})
+    save_adapter(adapter, tmp_path, provenance=merge_provenance([adapter], MergeConfig()))
+    assert load_adapter(tmp_path).modules.keys() == {"q_proj"}
+    provenance = read_provenance(resolve_source(tmp_path))
+    assert provenance is not None
+    assert provenance["members"][0]["name"] == r"caf\udce9"
+
+
+@pytest.mark.parametrize("source", [None, 5, b"sql"])
+def test_source_of_another_type_is_not_found(source: Any) -> None:
+    with pytest.raises(AdapterNotFoundError, match="neither a path"):
+        load_adapter(source)
 
 
 def test_modules_that_share_tensors_are_saved(tmp_path: Path) -> None:

@@ -259,8 +259,10 @@ def test_device_that_cannot_be_is_refused(device: torch.device | str) -> None:
     assert caught.value.param == "device"
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
-def test_dtype_that_is_not_floating_point_is_refused(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn, "float32"]
+)
+def test_dtype_that_weights_cannot_have_is_refused(dtype: torch.dtype) -> None:
     with pytest.raises(ConfigError, match=str(dtype)) as caught:
         merge_adapters(members_of(SMALL, torch.float32), dtype=dtype)
     assert caught.value.param == "dtype"

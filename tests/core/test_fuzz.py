@@ -335,7 +335,9 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
     assert names(tmp_path) == {"out"}
 
 
-@pytest.mark.parametrize("provenance", [{"x": object()}, {"x": float("nan")}, {(1, 2): 3}])
+@pytest.mark.parametrize(
+    "provenance", [{"x": object()}, {"x": float("nan")}, {(1, 2): 3}, {"x": "\ud800"}]
+)
 def test_provenance_that_is_not_json(tmp_path: Path, provenance: Any) -> None:
     with pytest.raises(LegoError, match="provenance"):
         save_adapter(SMALL, tmp_path / "out", provenance=provenance)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from lego_core import (
     LoraAdapter,
     LoraModule,
     merge_adapters,
+    save_adapter,
 )
 from tests import strategies
 
@@ -46,6 +49,54 @@ def test_weight_that_is_not_finite_names_the_adapter(weight: float) -> None:
 def test_weight_that_is_no_number_names_the_adapter(weight: Any) -> None:
     with pytest.raises(ConfigError, match="'sql'"):
         merge_adapters([strategies.adapter("sql", 0, 2)], weights=[weight])
+
+
+def test_numbers_of_numpy_are_weights() -> None:
+    adapters = [strategies.adapter("sql", 0, 2), strategies.adapter("style", 1, 2)]
+    found = merge_adapters(iter(adapters), weights=np.array([1, -2], np.float32))  # type: ignore[arg-type]
+    wanted = merge_adapters(adapters, weights=[1.0, -2.0])
+    assert torch.equal(found.modules["q_proj"].lora_b, wanted.modules["q_proj"].lora_b)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ((["sql"],), "'sql' is no LoraAdapter"),
+        (([strategies.adapter("sql", 0, 2)], {"rank": 8}), "config is a dict"),
+    ],
+)
+def test_arguments_of_other_types(arguments: Any, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        merge_adapters(*arguments)
+
+
+SOUND = strategies.module(0, 3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        LoraModule(SOUND.lora_a.int(), SOUND.lora_b),
+        LoraModule(SOUND.lora_a, SOUND.lora_b.to(torch.float8_e4m3fn)),
+        LoraModule(SOUND.lora_a, SOUND.lora_b.to(torch.complex64)),
+        LoraModule(SOUND.lora_a.to_sparse(), SOUND.lora_b),
+        LoraModule(SOUND.lora_a.to("meta"), SOUND.lora_b.to("meta")),
+        LoraModule(SOUND.lora_a, SOUND.lora_b.to("meta")),
+        LoraModule(SOUND.lora_a, SOUND.lora_b, float("nan")),
+        LoraModule(SOUND.lora_a, SOUND.lora_b, float("inf")),
+    ],
+    ids=["int", "float8", "complex", "sparse", "meta", "half meta", "nan", "inf"],
+)
+def test_modules_that_are_no_lora_are_neither_merged_nor_saved(
+    tmp_path: Path, module: LoraModule
+) -> None:
+    for digest in ("", "0" * 64):
+        adapter = LoraAdapter("sql", {"q_proj": module}, digest)
+        with pytest.raises(AdapterFormatError, match=r"'sql', module 'q_proj'"):
+            merge_adapters([adapter, strategies.adapter("style", 1, 2)])
+    with pytest.raises(AdapterFormatError, match=r"'sql', module 'q_proj'"):
+        save_adapter(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("shape", [(8, 5), (7, 6)])
