@@ -24,6 +24,7 @@ import torch
 
 from lego_core import IncompatibleAdaptersError, LoraAdapter
 from vllm_lego.identity import MERGE_ID
+from vllm_lego.packed import peft_tensors
 from vllm_lego.recipe import SCHEME, Recipe
 from vllm_lego.settings import Settings
 from vllm_lego.worker import StagingArea
@@ -136,14 +137,10 @@ def _lora_model(manager: Any, adapter: LoraAdapter, lora_int_id: int) -> Any:
     """
     from vllm.lora.peft_helper import PEFTHelper
 
-    tensors: dict[str, torch.Tensor] = {}
-    for name, module in adapter.modules.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = module.lora_a
-        tensors[f"base_model.model.{name}.lora_B.weight"] = module.lora_b
     targets = sorted({name.rpartition(".")[2] for name in adapter.modules})
     return manager._lora_model_cls.from_lora_tensors(
         lora_model_id=lora_int_id,
-        tensors=tensors,
+        tensors=peft_tensors(adapter),
         peft_helper=PEFTHelper.from_dict(
             {"r": adapter.rank, "lora_alpha": adapter.rank, "target_modules": targets}
         ),
@@ -152,6 +149,20 @@ def _lora_model(manager: Any, adapter: LoraAdapter, lora_int_id: int) -> Any:
         weights_mapper=_name_mapper(manager),
         skip_prefixes=getattr(manager._adapter_manager.model, "lora_skip_prefixes", None),
     )
+
+
+def _slot_shapes(layer: Any, parts: list[str]) -> dict[str, tuple[int, int]]:
+    """Return inputs and outputs of a layer's parts as its slots have them, 0 for unknown."""
+    a_slots: Any = getattr(layer, "lora_a_stacked", ())
+    b_slots: Any = getattr(layer, "lora_b_stacked", ())
+    if isinstance(a_slots, torch.Tensor):  # an embedding's: [slots, vocabulary, rank]
+        return {parts[0]: (a_slots.shape[1], b_slots.shape[-2])}
+    if len(a_slots) != len(parts) or len(b_slots) != len(parts):
+        return dict.fromkeys(parts, (0, 0))  # shapes of its own: left to vLLM
+    return {
+        part: (a_slot.shape[-1], b_slot.shape[-2])
+        for part, a_slot, b_slot in zip(parts, a_slots, b_slots, strict=True)
+    }
 
 
 def _member_check(manager: Any, vllm_config: Any) -> Callable[[LoraAdapter], None]:
@@ -163,13 +174,7 @@ def _member_check(manager: Any, vllm_config: Any) -> Callable[[LoraAdapter], Non
     slots: dict[str, tuple[int, int]] = {}
     inner = manager._adapter_manager
     for name, layer in inner.modules.items():
-        parts = inner.packed_modules.get(name, [name])
-        a_slots, b_slots = (getattr(layer, f"lora_{x}_stacked", ()) for x in "ab")
-        if len(a_slots) == len(b_slots) == len(parts):
-            for part, a_slot, b_slot in zip(parts, a_slots, b_slots, strict=True):
-                slots[part] = a_slot.shape[-1], b_slot.shape[-2]
-        else:
-            slots.update(dict.fromkeys(parts, (0, 0)))  # shapes of its own: left to vLLM
+        slots |= _slot_shapes(layer, inner.packed_modules.get(name, [name]))
     parallel = vllm_config.parallel_config
     shards = parallel.tensor_parallel_size
     share = f" on each of {shards} workers" if shards > 1 else ""

@@ -10,9 +10,13 @@ from functools import cached_property
 import torch
 
 from lego_core import LoraAdapter, LoraModule
+from lego_core.adapter_save import PREFIX
 
 _ALIGNMENT = 16  # of each tensor in the buffer: a multiple of every dtype's size
 _WORDS_AT_ONCE = 1 << 20
+
+LINEAR_HALVES = ".lora_A.weight", ".lora_B.weight"
+EMBEDDING_HALVES = ".lora_embedding_A", ".lora_embedding_B"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,3 +149,13 @@ def _lies(tensor: torch.Tensor) -> _Place:
     """Return where a tensor lies in its storage."""
     offset = int(tensor.storage_offset()) * tensor.itemsize
     return _Place(offset, tensor.dtype, tuple(tensor.shape))
+
+
+def peft_tensors(adapter: LoraAdapter) -> dict[str, torch.Tensor]:
+    """Return an adapter's tensors under the names that PEFT gives them and vLLM knows."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, module in adapter.modules.items():
+        a, b = EMBEDDING_HALVES if module.is_embedding else LINEAR_HALVES
+        tensors[f"{PREFIX}{name}{a}"] = module.lora_a
+        tensors[f"{PREFIX}{name}{b}"] = module.lora_b
+    return tensors

@@ -76,7 +76,7 @@ class Tiers:
     def member(self, member: Member) -> LoraAdapter:
         """Return a member on the device, from there, host memory or its files.
 
-        The caller keeps it until the device has read it.
+        It may be read on the current stream, whoever drops it meanwhile.
 
         Raises:
             LegoError: its files are not there, not the content that is meant, or do not fit.
@@ -86,7 +86,7 @@ class Tiers:
             kept = self._host.get(member.digest)
         if packed is None:
             if not isinstance(kept, PackedAdapter):
-                adapter = load_adapter(member.path, name=member.name, digest=member.digest)
+                adapter = load_adapter(Path(member.path), name=member.name, digest=member.digest)
                 self._check(adapter)
                 kept = PackedAdapter.pack(adapter).in_host_memory()
                 self._keep_in_host_memory(member.digest, kept)
@@ -96,6 +96,10 @@ class Tiers:
             with self._lock:
                 if packed is not kept and packed.nbytes <= self._on_device.maxsize:
                     self._on_device[member.digest] = packed
+        elif self._device.type == "cuda":
+            # From another thread's stream, which may get its memory back once nobody holds it:
+            # not before this stream has read it.
+            packed.buffer.record_stream(torch.cuda.current_stream(self._device))
         return packed.unpack(member.name)
 
     def spare_device(self, merges_bytes: int) -> None:
@@ -110,7 +114,11 @@ class Tiers:
             self._on_device.clear()
 
     def find(self, recipe: Recipe) -> tuple[PackedAdapter, float, str] | None:
-        """Return a merge on the device, its fidelity and the tier it came from, if one has it."""
+        """Return a merge on the device, its fidelity and the tier it came from, if one has it.
+
+        Raises:
+            LegoError: the one in the store does not fit the base model.
+        """
         with self._lock:
             kept = self._host.get(recipe.merge_id)
         if isinstance(kept, KeptMerge):
@@ -119,6 +127,7 @@ class Tiers:
         if stored is None:
             return None
         adapter, fidelity = stored
+        self._check(adapter)  # the folder may be shared with servers of another base model
         packed = PackedAdapter.pack(adapter).in_host_memory()
         self._keep_in_host_memory(recipe.merge_id, KeptMerge(packed, recipe, fidelity))
         return packed.on(self._device), fidelity, "disk"
