@@ -258,7 +258,7 @@ class LegoService:
         except BaseException as error:
             self.cache.pop(recipe.merge_id, None)
             self._show_cache()
-            await self._let_go(recipe.merge_id, number)
+            await self._engine.discard(recipe.merge_id, number)
             if isinstance(error, ServingError) or not isinstance(error, Exception):
                 raise
             if isinstance(error, TimeoutError):
@@ -280,13 +280,6 @@ class LegoService:
         self._account(recipe, status, seconds)
         tier: str = status["tier"]
         return tier
-
-    async def _let_go(self, identity: str, number: int) -> None:
-        """Have the workers drop a merge that failed; what failed first is what is told."""
-        try:
-            await self._engine.discard(identity, number)
-        except Exception:
-            logger.exception("%s could not be dropped", identity)
 
     async def _make_room(self, recipe: Recipe, status: dict[str, Any]) -> None:
         """Enter a merge into the cache, once what is in use leaves room for it."""

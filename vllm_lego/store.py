@@ -11,12 +11,11 @@ import hashlib
 import json
 import logging
 import os
-import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,9 +23,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as format_safetensors
 
 from lego_core import LegoError, LoraAdapter, LoraModule
-from lego_core.adapter_save import PREFIX
 from vllm_lego.identity import MERGE_ID
-from vllm_lego.packed import EMBEDDING_HALVES, LINEAR_HALVES, peft_tensors
 from vllm_lego.recipe import Recipe
 
 logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
@@ -35,6 +32,8 @@ _SUFFIX = ".safetensors"
 _UNFINISHED, _BROKEN = ".unfinished", ".broken"
 _FORGOTTEN_AFTER_S = 3600.0
 _MAX_HEADER_BYTES = 64 << 20
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+_PREFIX = "base_model.model."
 
 
 class _NotThisMergeError(Exception):
@@ -67,7 +66,8 @@ class MergeStore:
         """
         path = self._path(recipe.merge_id)
         try:
-            loaded = _parse(self._content(path), recipe)
+            content = path.read_bytes()
+            loaded = _parse(content, recipe)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -80,16 +80,10 @@ class MergeStore:
         self._quietly(os.utime, path)  # used now: the last to be deleted
         return loaded
 
-    def _content(self, path: Path) -> bytes:
-        with _opened(path) as file:
-            if os.fstat(file.fileno()).st_size > self._max_bytes:
-                raise _NotThisMergeError(f"it is larger than {self._max_bytes} bytes")
-            return file.read()
-
     def save(self, recipe: Recipe, adapter: LoraAdapter, fidelity: float) -> None:
         """Write a merge, whose tensors lie on the CPU, unless it is there; delete what is too much."""
         path = self._path(recipe.merge_id)
-        if os.path.lexists(path):
+        if path.exists():
             return
         content = _format(recipe, adapter, fidelity)
         if len(content) > self._max_bytes:
@@ -126,7 +120,7 @@ class MergeStore:
     def _metadata(self, identity: str) -> dict[str, str] | None:
         """Read what the head of a file says, if it says all that it should."""
         try:
-            with _opened(self._path(identity)) as file:
+            with self._path(identity).open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 metadata = _header(file.read(min(size, _MAX_HEADER_BYTES)))
             _recipe_of(metadata)
@@ -164,12 +158,10 @@ class MergeStore:
                 for entry in entries:
                     if entry.name.lstrip(".").startswith("lego-") and _SUFFIX in entry.name:
                         try:
-                            if not entry.is_file(follow_symlinks=False):
-                                continue
-                            status = entry.stat(follow_symlinks=False)
+                            stat = entry.stat()
                         except OSError:  # another server was quicker
                             continue
-                        yield entry, status.st_size, status.st_mtime
+                        yield entry, stat.st_size, stat.st_mtime
         except OSError:
             return
 
@@ -187,20 +179,11 @@ class MergeStore:
             logger.info("store: %s", error)
 
 
-def _opened(path: Path) -> BinaryIO:
-    """Open a file of the store.
-
-    Raises:
-        _NotThisMergeError: it is a link, which may lead anywhere, or no regular file.
-        OSError: it cannot be opened.
-    """
-    if not stat.S_ISREG(path.lstat().st_mode):  # opening a pipe would wait for its other end
-        raise _NotThisMergeError("it is no regular file")
-    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
-
-
 def _format(recipe: Recipe, adapter: LoraAdapter, fidelity: float) -> bytes:
-    tensors = peft_tensors(adapter)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, module in adapter.modules.items():
+        tensors[f"{_PREFIX}{name}{_A}"] = module.lora_a
+        tensors[f"{_PREFIX}{name}{_B}"] = module.lora_b
     return format_safetensors(
         {name: tensor.clone() for name, tensor in tensors.items()},  # views may share a buffer
         {
@@ -215,7 +198,7 @@ def _format(recipe: Recipe, adapter: LoraAdapter, fidelity: float) -> bytes:
 def _parse(content: bytes, recipe: Recipe) -> tuple[LoraAdapter, float]:
     metadata = _header(content[8 : 8 + int.from_bytes(content[:8], "little")])
     stored = _recipe_of(metadata)
-    if (stored.merge_id, stored.content) != (recipe.merge_id, recipe.content):
+    if stored.content != recipe.content:
         raise _NotThisMergeError(f"it holds another merge, {stored.merge_id}")
     try:
         tensors = parse_safetensors(content)
@@ -224,15 +207,16 @@ def _parse(content: bytes, recipe: Recipe) -> tuple[LoraAdapter, float]:
         raise _NotThisMergeError(str(error)) from error
     if _checksum(tensors, stored) != metadata.get("lego_sha256"):
         raise _NotThisMergeError("its checksum is wrong")
-    modules: dict[str, LoraModule] = {}
-    for name, lora_a in sorted(tensors.items()):
-        for a, b in (LINEAR_HALVES, EMBEDDING_HALVES):
-            if name.endswith(a):
-                layer = name.removesuffix(a)
-                modules[layer.removeprefix(PREFIX)] = LoraModule(
-                    lora_a, tensors[layer + b], is_embedding=a in EMBEDDING_HALVES
-                )
+    modules = {
+        name.removeprefix(_PREFIX).removesuffix(_A): LoraModule(a, tensors[_other(name)])
+        for name, a in sorted(tensors.items())
+        if name.endswith(_A)
+    }
     return LoraAdapter(recipe.merge_id, modules), fidelity
+
+
+def _other(name: str) -> str:
+    return name.removesuffix(_A) + _B
 
 
 def _header(header: bytes) -> dict[str, str]:
