@@ -75,7 +75,7 @@ class Factors:
         """Whether all entries are finite. Waits for the device."""
         if self.overflow is not None:
             return not bool(self.overflow.any())
-        # Forty times as fast as `isfinite` on the CPU; NaN is both largest and least.
+        # Without the temporary of `isfinite`, which is slow on the CPU; NaN is both largest and least.
         return bool(self.flat.max().isfinite() and self.flat.min().isfinite())
 
     @classmethod
