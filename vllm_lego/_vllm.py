@@ -7,6 +7,7 @@
 | `torch_ops.bgmv_shrink`, on the CPU platform only | in a batch with LoRA requests it gives requests of the base model the adapter of the last slot | its result is zeroed for tokens without an adapter, as the GPU kernels do | vLLM pull request 48421 or its like is in the oldest version supported |
 | `OpenAIServingModels.show_available_models` (one instance) | `/v1/models` would list every merge ever served | filters them out of the list | adapters can be served without being listed |
 | `PrometheusStatLogger.gauge_lora_info` (one instance) | its labels list the adapters running at once, so that each combination of merges makes a series for ever | to it all merges are one, `lego` | it has bounded labels |
+| `AsyncLLM.shutdown` (one instance) | it drains what the engine has; requests that wait here for a merge or a slot would be lost | waits for them first, within the time that `--shutdown-timeout` gives | endpoint plugins are told of a shutdown |
 | `app.router.middleware_stack` (one instance) | `--middleware` runs before the API-key check | wrapped by our ASGI class, inside vLLM's own middleware | endpoint plugins can add middleware |
 """
 
@@ -14,15 +15,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 import uuid
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lego_core import IncompatibleAdaptersError, LoraAdapter
+from vllm_lego.errors import ShuttingDownError
 from vllm_lego.identity import MERGE_ID
 from vllm_lego.packed import peft_tensors
 from vllm_lego.recipe import SCHEME, Recipe
@@ -293,8 +298,28 @@ class Engine:
         request = LoRARequest(
             lora_name=recipe.merge_id, lora_int_id=engine_id, lora_path=recipe.encode()
         )
-        await self._client.add_lora(request)
+        with _shutdown_told():
+            await self._client.add_lora(request)
         self._models.lora_requests[recipe.merge_id] = request
+
+    def before_shutdown(self, drain: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Have vLLM wait for `drain`, on this event loop, before it stops its engine.
+
+        Called where vLLM's launcher calls its client: in a thread, the loop still running.
+        """
+        loop = asyncio.get_running_loop()
+        stock = self._client.shutdown
+
+        def shutdown(timeout: float | None = None) -> None:
+            self._client.shutdown = stock
+            end = time.monotonic() + (timeout or 0)
+            if timeout:  # 0 means not to wait for anybody, None that there is no loop any more
+                with suppress(TimeoutError):
+                    asyncio.run_coroutine_threadsafe(drain(), loop).result(timeout)
+                timeout = max(0.0, end - time.monotonic())
+            stock(timeout=timeout)
+
+        self._client.shutdown = shutdown
 
     def unpublish(self, merge_id: str) -> None:
         """Stop answering to a merge's id."""
@@ -308,15 +333,23 @@ class Engine:
         """
         core = self._client.engine_core
         engines = getattr(core, "core_engines", ())
-        if len(engines) < 2:
-            return list(await self._client.collective_rpc(method, args=args))
-        answers = await asyncio.gather(
-            *(
-                core._call_utility_async("collective_rpc", method, None, args, None, engine=engine)
-                for engine in engines
-            )
-        )
+        with _shutdown_told():
+            if len(engines) < 2:
+                return list(await self._client.collective_rpc(method, args=args))
+            call = partial(core._call_utility_async, "collective_rpc", method, None, args, None)
+            answers = await asyncio.gather(*(call(engine=engine) for engine in engines))
         return [worker for engine in answers for worker in engine]
+
+
+@contextmanager
+def _shutdown_told() -> Iterator[None]:
+    """Tell an engine that drains, and takes no calls any more, from one that failed."""
+    try:
+        yield
+    except Exception as error:
+        if "Server shutting down" not in str(error):  # vLLM raises a plain Exception
+            raise
+        raise ShuttingDownError from error
 
 
 def _hide_merges(models: Any) -> None:

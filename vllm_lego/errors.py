@@ -10,7 +10,8 @@ ServingError
 │   └── WorkersDisagreeError   the workers made different merges of one recipe
 ├── BusyError             503  try again later: the queue is full
 │   ├── MemberChangedError     a member's files changed since the request came
-│   └── NoMemoryError          the workers have too little memory for the merge now
+│   ├── NoMemoryError          the workers have too little memory for the merge now
+│   └── ShuttingDownError      the engine drains and takes no more merges
 └── MergeTimeoutError     504  the merge took longer than the limit
 """
 
@@ -105,6 +106,18 @@ class NoMemoryError(BusyError):
     """A worker has too little memory to make the merge."""
 
     reason = "out_of_memory"
+
+
+class ShuttingDownError(BusyError):
+    """The server serves what it has taken and takes nothing new."""
+
+    reason = "shutting_down"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the server is shutting down and takes no new sets; try again, on another replica if "
+            "there is one"
+        )
 
 
 class MergeTimeoutError(ServingError):

@@ -48,5 +48,7 @@ class LegoEndpoints:
 
         settings = Settings.from_environment(os.environ)
         if engine_client is not None and has_lora(state):
-            state.lego = LegoService(Engine(engine_client, state), settings, Metrics())
+            engine = Engine(engine_client, state)
+            state.lego = LegoService(engine, settings, Metrics())
+            engine.before_shutdown(state.lego.drain)
         self._interception.start(state.lego, settings.max_body_bytes, api_keys(args))

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -29,6 +29,7 @@ from vllm_lego.errors import (
     MergeTimeoutError,
     NoMemoryError,
     ServingError,
+    ShuttingDownError,
     UnknownAdapterError,
     UnmergeableError,
     WorkersDisagreeError,
@@ -83,6 +84,10 @@ class LegoService:
         # More than the workers make at a time would only fill their devices.
         self._turns = asyncio.Semaphore(settings.merge_threads)
         self._merging: dict[str, tuple[Recipe, asyncio.Task[str]]] = {}
+        self._open_requests = 0
+        self._all_served = asyncio.Event()
+        self._all_served.set()
+        self._closing = False
         # Merges that left the device: another tier may have them, their members make them again.
         self._left: LRUCache[str, CachedMerge] = LRUCache(_REMEMBERED)
         self._defaults = _default_config(settings, engine.max_rank)
@@ -129,9 +134,31 @@ class LegoService:
                 ) from error
             yield serving
 
-    def serving_native(self, name: str) -> AbstractAsyncContextManager[None]:
+    @asynccontextmanager
+    async def serving_native(self, name: str) -> AsyncIterator[None]:
         """Wait for a slot for a model name that vLLM serves itself; its adapters take one too."""
-        return self.slots.admitted(name) if name in self._engine.adapters else nullcontext()
+        if name not in self._engine.adapters:
+            yield
+            return
+        with self._taken():
+            async with self.slots.admitted(name):
+                yield
+
+    async def drain(self) -> None:
+        """Refuse new sets, and wait until every request that was taken has been served."""
+        self._closing = True
+        await self._all_served.wait()
+
+    @contextmanager
+    def _taken(self) -> Iterator[None]:
+        self._open_requests += 1
+        self._all_served.clear()
+        try:
+            yield
+        finally:
+            self._open_requests -= 1
+            if not self._open_requests:
+                self._all_served.set()
 
     async def merges(self) -> list[tuple[str, CachedMerge]]:
         """Return every merge that needs no merging, after the fastest tier that has it."""
@@ -151,14 +178,17 @@ class LegoService:
 
     @asynccontextmanager
     async def _serving_recipe(self, recipe: Recipe) -> AsyncIterator[Serving]:
-        result = await self._obtain(recipe)
-        async with self.slots.admitted(recipe.merge_id):
-            with self.cache.pinned(recipe.merge_id):
-                # Pushed out while it stood in line, perhaps on its way back: not registered yet.
-                if recipe.merge_id not in self.cache or recipe.merge_id in self._merging:
-                    await self._obtain(recipe)
-                self.metrics.requests.labels(result).inc()
-                yield Serving(recipe.merge_id, result)
+        if self._closing:
+            raise ShuttingDownError
+        with self._taken():
+            result = await self._obtain(recipe)
+            async with self.slots.admitted(recipe.merge_id):
+                with self.cache.pinned(recipe.merge_id):
+                    # Pushed out while it stood in line, perhaps on its way back: not registered yet.
+                    if recipe.merge_id not in self.cache or recipe.merge_id in self._merging:
+                        await self._obtain(recipe)
+                    self.metrics.requests.labels(result).inc()
+                    yield Serving(recipe.merge_id, result)
 
     async def _known(self, identity: str) -> Recipe | None:
         """Return how a merge is made, if this server or its store has had it."""
@@ -255,11 +285,11 @@ class LegoService:
                     await self._make_room(recipe, status)
                     staged = time.perf_counter()
                     await self._engine.register(recipe, number)
-        except BaseException as error:
+        except Exception as error:  # not a cancellation: that is the end of the server
             self.cache.pop(recipe.merge_id, None)
             self._show_cache()
-            await self._engine.discard(recipe.merge_id, number)
-            if isinstance(error, ServingError) or not isinstance(error, Exception):
+            await self._let_go(recipe.merge_id, number)
+            if isinstance(error, ServingError):
                 raise
             if isinstance(error, TimeoutError):
                 raise MergeTimeoutError(
@@ -280,6 +310,13 @@ class LegoService:
         self._account(recipe, status, seconds)
         tier: str = status["tier"]
         return tier
+
+    async def _let_go(self, identity: str, number: int) -> None:
+        """Have the workers drop a merge that failed; what failed first is what is told."""
+        try:
+            await self._engine.discard(identity, number)
+        except Exception:
+            logger.exception("%s could not be dropped", identity)
 
     async def _make_room(self, recipe: Recipe, status: dict[str, Any]) -> None:
         """Enter a merge into the cache, once what is in use leaves room for it."""

@@ -62,18 +62,18 @@ class Stager:
             asked = list(self._waiting.values())
             try:
                 answers = await self._ask([recipe for recipe, _ in asked])
+                self._notice(answers)
+                told = [[answer["merges"][r.merge_id] for answer in answers] for r, _ in asked]
             except Exception as error:  # noqa: BLE001  theirs who wait
                 for recipe, future in asked:
                     self._waiting.pop(recipe.merge_id, None)
                     if not future.done():
                         future.set_exception(error)
                 continue
-            self._notice(answers)
-            for recipe, future in asked:
-                told = [answer["merges"][recipe.merge_id] for answer in answers]
-                states = {status["state"] for status in told}
+            for (recipe, future), statuses in zip(asked, told, strict=True):
+                states = {status["state"] for status in statuses}
                 if not future.done() and (states == {"ready"} or "failed" in states):
-                    future.set_result(told)
+                    future.set_result(statuses)
                     self._waiting.pop(recipe.merge_id, None)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), pause)

@@ -11,11 +11,13 @@ import hashlib
 import json
 import logging
 import os
+import stat
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +25,9 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as format_safetensors
 
 from lego_core import LegoError, LoraAdapter, LoraModule
+from lego_core.adapter_save import PREFIX
 from vllm_lego.identity import MERGE_ID
+from vllm_lego.packed import EMBEDDING_HALVES, LINEAR_HALVES, peft_tensors
 from vllm_lego.recipe import Recipe
 
 logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
@@ -32,8 +36,6 @@ _SUFFIX = ".safetensors"
 _UNFINISHED, _BROKEN = ".unfinished", ".broken"
 _FORGOTTEN_AFTER_S = 3600.0
 _MAX_HEADER_BYTES = 64 << 20
-_A, _B = ".lora_A.weight", ".lora_B.weight"
-_PREFIX = "base_model.model."
 
 
 class _NotThisMergeError(Exception):
@@ -57,6 +59,7 @@ class MergeStore:
         self._folder = folder
         self._max_bytes = max_bytes
         self._tell = tell
+        self._writing = threading.Lock()
 
     def load(self, recipe: Recipe) -> tuple[LoraAdapter, float] | None:
         """Return a merge, on the CPU, and its fidelity; None when it is not there, whole and right.
@@ -66,8 +69,7 @@ class MergeStore:
         """
         path = self._path(recipe.merge_id)
         try:
-            content = path.read_bytes()
-            loaded = _parse(content, recipe)
+            loaded = _parse(self._content(path), recipe)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -80,24 +82,32 @@ class MergeStore:
         self._quietly(os.utime, path)  # used now: the last to be deleted
         return loaded
 
+    def _content(self, path: Path) -> bytes:
+        with _opened(path) as file:
+            if os.fstat(file.fileno()).st_size > self._max_bytes:
+                raise _NotThisMergeError(f"it is larger than {self._max_bytes} bytes")
+            return file.read()
+
     def save(self, recipe: Recipe, adapter: LoraAdapter, fidelity: float) -> None:
         """Write a merge, whose tensors lie on the CPU, unless it is there; delete what is too much."""
         path = self._path(recipe.merge_id)
-        if path.exists():
+        if os.path.lexists(path):
             return
         content = _format(recipe, adapter, fidelity)
         if len(content) > self._max_bytes:
             return
         unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_UNFINISHED}")
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._make_room(len(content))
-            with unfinished.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-            _sync_folder(self._folder)
+            with self._writing:  # two that make room for one file each would write two into it
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._make_room(len(content))
+                with unfinished.open("xb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                unfinished.replace(path)
+                _sync_folder(self._folder)
+                self._make_room(0)  # another server may have done so all the same
         except OSError as error:
             self._failed("store_write", f"{path} cannot be written: {error.strerror}")
             self._quietly(unfinished.unlink)
@@ -120,7 +130,7 @@ class MergeStore:
     def _metadata(self, identity: str) -> dict[str, str] | None:
         """Read what the head of a file says, if it says all that it should."""
         try:
-            with self._path(identity).open("rb") as file:
+            with _opened(self._path(identity)) as file:
                 size = int.from_bytes(file.read(8), "little")
                 metadata = _header(file.read(min(size, _MAX_HEADER_BYTES)))
             _recipe_of(metadata)
@@ -158,10 +168,12 @@ class MergeStore:
                 for entry in entries:
                     if entry.name.lstrip(".").startswith("lego-") and _SUFFIX in entry.name:
                         try:
-                            stat = entry.stat()
+                            if not entry.is_file(follow_symlinks=False):
+                                continue
+                            status = entry.stat(follow_symlinks=False)
                         except OSError:  # another server was quicker
                             continue
-                        yield entry, stat.st_size, stat.st_mtime
+                        yield entry, status.st_size, status.st_mtime
         except OSError:
             return
 
@@ -179,11 +191,20 @@ class MergeStore:
             logger.info("store: %s", error)
 
 
+def _opened(path: Path) -> BinaryIO:
+    """Open a file of the store.
+
+    Raises:
+        _NotThisMergeError: it is a link, which may lead anywhere, or no regular file.
+        OSError: it cannot be opened.
+    """
+    if not stat.S_ISREG(path.lstat().st_mode):  # opening a pipe would wait for its other end
+        raise _NotThisMergeError("it is no regular file")
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+
+
 def _format(recipe: Recipe, adapter: LoraAdapter, fidelity: float) -> bytes:
-    tensors: dict[str, torch.Tensor] = {}
-    for name, module in adapter.modules.items():
-        tensors[f"{_PREFIX}{name}{_A}"] = module.lora_a
-        tensors[f"{_PREFIX}{name}{_B}"] = module.lora_b
+    tensors = peft_tensors(adapter)
     return format_safetensors(
         {name: tensor.clone() for name, tensor in tensors.items()},  # views may share a buffer
         {
@@ -198,7 +219,7 @@ def _format(recipe: Recipe, adapter: LoraAdapter, fidelity: float) -> bytes:
 def _parse(content: bytes, recipe: Recipe) -> tuple[LoraAdapter, float]:
     metadata = _header(content[8 : 8 + int.from_bytes(content[:8], "little")])
     stored = _recipe_of(metadata)
-    if stored.content != recipe.content:
+    if (stored.merge_id, stored.content) != (recipe.merge_id, recipe.content):
         raise _NotThisMergeError(f"it holds another merge, {stored.merge_id}")
     try:
         tensors = parse_safetensors(content)
@@ -207,16 +228,15 @@ def _parse(content: bytes, recipe: Recipe) -> tuple[LoraAdapter, float]:
         raise _NotThisMergeError(str(error)) from error
     if _checksum(tensors, stored) != metadata.get("lego_sha256"):
         raise _NotThisMergeError("its checksum is wrong")
-    modules = {
-        name.removeprefix(_PREFIX).removesuffix(_A): LoraModule(a, tensors[_other(name)])
-        for name, a in sorted(tensors.items())
-        if name.endswith(_A)
-    }
+    modules: dict[str, LoraModule] = {}
+    for name, lora_a in sorted(tensors.items()):
+        for a, b in (LINEAR_HALVES, EMBEDDING_HALVES):
+            if name.endswith(a):
+                layer = name.removesuffix(a)
+                modules[layer.removeprefix(PREFIX)] = LoraModule(
+                    lora_a, tensors[layer + b], is_embedding=a in EMBEDDING_HALVES
+                )
     return LoraAdapter(recipe.merge_id, modules), fidelity
-
-
-def _other(name: str) -> str:
-    return name.removesuffix(_A) + _B
 
 
 def _header(header: bytes) -> dict[str, str]:

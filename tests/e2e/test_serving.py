@@ -149,14 +149,14 @@ def test_a_mixed_batch_answers_as_each_request_alone(client, metric):
         (PLURAL, {"adapters": ["plural", "json"]}),
         (PLURAL, {"adapters": ["plural", "shout"]}),
     ]
+    steps = [metric("vllm:iteration_tokens_total_count")]
     alone = [ask(client, question, **fields)[0] for question, fields in requests]
-    together = 0.0
+    steps.append(metric("vllm:iteration_tokens_total_count"))
     with ThreadPoolExecutor(len(requests)) as pool:
-        running = [pool.submit(ask, client, q, **fields) for q, fields in requests]
-        while not all(future.done() for future in running):
-            together = max(together, metric("vllm:num_requests_running"))
-    assert [future.result()[0] for future in running] == alone
-    assert together >= 3  # they did share a batch
+        together = list(pool.map(lambda request: ask(client, request[0], **request[1])[0], requests))
+    steps.append(metric("vllm:iteration_tokens_total_count"))
+    assert together == alone
+    assert 1.5 * (steps[2] - steps[1]) < steps[1] - steps[0]  # they did share batches
     assert len(set(alone)) == len(alone)
 
 

@@ -234,3 +234,58 @@ def test_kill_9_in_the_middle_of_a_write(tmp_path):
             assert loaded is not None
             assert same(loaded[0], MERGE)
         assert told == []
+
+
+def test_an_embedding_stays_one(tmp_path):
+    modules = dict(MERGE.modules)
+    modules["embed_tokens"] = replace(modules["layer.0"], is_embedding=True)
+    kept, _ = store(tmp_path)
+    kept.save(recipe(), replace(MERGE, modules=modules), 1.0)
+    loaded = kept.load(recipe())
+    assert loaded is not None
+    assert [n for n, m in loaded[0].modules.items() if m.is_embedding] == ["embed_tokens"]
+    assert same(loaded[0], LoraAdapter("merge", modules))
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+def link_to_a_merge(path: Path) -> None:
+    other, _ = store(path.parent / "other")
+    other.save(recipe(), MERGE, 1.0)
+    path.symlink_to(path.parent / "other" / path.name)
+
+
+def sparse_terabyte(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+
+
+@pytest.mark.parametrize("make", [pipe, folder, link_to_a_merge, sparse_terabyte])
+def test_what_is_no_file_of_ours_holds_nobody_up(tmp_path, make):
+    kept, told = store(tmp_path)
+    path = tmp_path / f"{recipe().merge_id}.safetensors"
+    make(path)
+    assert kept.recipe(recipe().merge_id) is None
+    assert kept.recipes() == []
+    assert kept.load(recipe()) is None
+    assert told == [("errors", "store_broken")]
+    kept.save(recipe(), MERGE, 1.0)
+    assert kept.load(recipe()) is not None
+    assert path.is_file()
+
+
+def test_a_merge_for_another_base_model_under_this_name_is_set_aside(tmp_path):
+    """The same members and configuration, but the id of another base model or dtype."""
+    kept, told = store(tmp_path)
+    other = replace(recipe(), merge_id="lego-00000000000000ff")
+    kept.save(other, MERGE, 1.0)
+    (path,) = tmp_path.glob("*.safetensors")
+    path.rename(tmp_path / f"{recipe().merge_id}.safetensors")
+    assert kept.load(recipe()) is None
+    assert told == [("errors", "store_broken")]
