@@ -4,7 +4,7 @@
 | --- | --- | --- | --- |
 | `lora_model_runner_mixin.LRUCacheWorkerLoRAManager` | vLLM loads an adapter from a path, on the engine's loop | a subclass whose `_load_adapter` takes finished tensors for a `lego://` path; everything else is vLLM's | LoRARequest can carry tensors |
 | `WorkerBase.lego_stage`, `.lego_discard`, `.lego_kept` | a worker has no way to start work off the loop | three methods more, called through `collective_rpc` | vLLM has a registry of worker methods |
-| `torch_ops.bgmv_shrink`, on the CPU platform only | in a batch with LoRA requests it gives requests of the base model the adapter of the last slot | its result is zeroed for tokens without an adapter, as the GPU kernels do | vLLM pull request 48421 or its like is in the oldest version supported |
+| `torch_ops.bgmv_shrink` and `.bgmv_expand`, on the CPU platform only | in a batch with LoRA requests they give requests of the base model the adapter of the last slot | what they add is zero for tokens without an adapter, as with the GPU kernels | vLLM pull request 48421 or its like is in the oldest version supported |
 | `OpenAIServingModels.show_available_models` (one instance) | `/v1/models` would list every merge ever served | filters them out of the list | adapters can be served without being listed |
 | `PrometheusStatLogger.gauge_lora_info` (one instance) | its labels list the adapters running at once, so that each combination of merges makes a series for ever | to it all merges are one, `lego` | it has bounded labels |
 | `AsyncLLM.shutdown` (one instance) | it drains what the engine has; requests that wait here for a merge or a slot would be lost | waits for them first, within the time that `--shutdown-timeout` gives | endpoint plugins are told of a shutdown |
@@ -80,7 +80,7 @@ def install_worker_patches() -> None:
 
     def lego_kept(self: Any) -> list[tuple[str, int, float]]:
         kept = _staging(self).tiers.in_host_memory()
-        return [(merge.recipe.encode(), merge.nbytes, merge.fidelity) for merge in kept]
+        return [(merge.recipe.encode(), merge.packed.nbytes, merge.fidelity) for merge in kept]
 
     def lego_discard(self: Any, merge_id: str, engine_id: int, holder: str) -> bool:
         gone = _staging(self).discard(merge_id, holder)
@@ -96,14 +96,14 @@ def install_worker_patches() -> None:
 
 
 def _keep_the_base_model_apart() -> None:
-    """Let the CPU's LoRA shrink skip tokens without an adapter, whose slot index is -1.
+    """Let the CPU's LoRA kernels skip tokens without an adapter, whose slot index is -1.
 
-    What expands the zeros then adds nothing, whatever slot it takes them for.
+    Zeros from the shrink add nothing in the expand; an embedding's LoRA has an expand alone.
     """
     from vllm.lora.ops.torch_ops import lora_ops
     from vllm.lora.punica_wrapper import punica_cpu
 
-    stock = lora_ops.bgmv_shrink
+    stock_shrink, stock_expand = lora_ops.bgmv_shrink, lora_ops.bgmv_expand
 
     def bgmv_shrink(
         inputs: torch.Tensor,
@@ -112,11 +112,21 @@ def _keep_the_base_model_apart() -> None:
         lora_indices_tensor: torch.Tensor,
         scaling: float = 1.0,
     ) -> None:
-        stock(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
+        stock_shrink(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
         output_tensor.masked_fill_((lora_indices_tensor < 0)[:, None], 0)
 
-    lora_ops.bgmv_shrink = bgmv_shrink  # the prefill's sgmv_shrink looks it up there
-    punica_cpu.bgmv_shrink = bgmv_shrink
+    def bgmv_expand(
+        inputs: torch.Tensor,
+        lora_b_weights: torch.Tensor,
+        output_tensor: torch.Tensor,
+        lora_indices_tensor: torch.Tensor,
+        add_inputs: bool = True,  # noqa: FBT001, FBT002  vLLM's signature
+    ) -> None:
+        inputs = inputs.masked_fill((lora_indices_tensor < 0)[:, None], 0)
+        stock_expand(inputs, lora_b_weights, output_tensor, lora_indices_tensor, add_inputs)
+
+    for module in lora_ops, punica_cpu:  # the prefill's sgmv_… look them up in the first
+        module.bgmv_shrink, module.bgmv_expand = bgmv_shrink, bgmv_expand
 
 
 def _staging(worker: Any) -> StagingArea:

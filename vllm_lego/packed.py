@@ -53,6 +53,12 @@ class PackedAdapter:
         """Size of the buffer in bytes."""
         return self.buffer.nbytes
 
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that it takes: PyTorch rounds pinned blocks up to powers of two."""
+        pinned = self.buffer.is_pinned()
+        return 1 << (self.nbytes - 1).bit_length() if pinned else self.nbytes
+
     @classmethod
     def pack(cls, adapter: LoraAdapter) -> PackedAdapter:
         """Bring an adapter's tensors into one buffer where they lie; a merge's already are in one."""

@@ -74,6 +74,13 @@ class LegoService:
             settings.device_cache_bytes // engine.api_servers, engine.in_flight
         )
         self.slots = Slots(max(1, engine.slots // engine.api_servers), settings.slot_quantum_s)
+        if engine.api_servers > engine.slots:
+            logger.warning(
+                "%d API servers share %d adapter slots: sets may starve each other; give --max-loras "
+                "at least as many",
+                engine.api_servers,
+                engine.slots,
+            )
         self.store = _store(settings, metrics)
         self.metrics = metrics
         self._engine = engine

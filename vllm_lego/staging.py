@@ -57,14 +57,17 @@ class Stager:
 
     async def _poll(self) -> None:
         pause = _FIRST_POLL_S
-        while self._waiting:
+        busy = False
+        while self._waiting or busy:
             self._news.clear()
             asked = list(self._waiting.values())
             try:
                 answers = await self._ask([recipe for recipe, _ in asked])
                 self._notice(answers)
                 told = [[answer["merges"][r.merge_id] for answer in answers] for r, _ in asked]
+                busy = any(answer["busy"] for answer in answers)  # keeping what it has merged
             except Exception as error:  # noqa: BLE001  theirs who wait
+                busy = False
                 for recipe, future in asked:
                     self._waiting.pop(recipe.merge_id, None)
                     if not future.done():

@@ -34,9 +34,9 @@ class KeptMerge:
     fidelity: float
 
     @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.packed.nbytes
+    def host_bytes(self) -> int:
+        """Host memory that it takes, in bytes."""
+        return self.packed.host_bytes
 
 
 class Tiers:
@@ -134,7 +134,7 @@ class Tiers:
 
     def keep(self, recipe: Recipe, packed: PackedAdapter, fidelity: float) -> None:
         """Keep a merge that was just made in host memory and in the store."""
-        if packed.nbytes > self._host.maxsize and not (self._store and self._writes):
+        if packed.host_bytes > self._host.maxsize and not (self._store and self._writes):
             return
         kept = KeptMerge(packed.in_host_memory(), recipe, fidelity)
         self._keep_in_host_memory(recipe.merge_id, kept)
@@ -149,7 +149,7 @@ class Tiers:
 
     def account(self) -> dict[str, tuple[int, int]]:
         """Return entries and bytes of merges by tier. Looks through the store: not for the loop."""
-        in_host = [merge.nbytes for merge in self.in_host_memory()]
+        in_host = [merge.host_bytes for merge in self.in_host_memory()]
         on_disk = self._store.merges().values() if self._store else []
         return {
             "host": (len(in_host), sum(in_host)),
@@ -169,7 +169,7 @@ class Tiers:
 
     def _keep_in_host_memory(self, key: str, kept: PackedAdapter | KeptMerge) -> None:
         with self._lock:
-            if kept.nbytes <= self._host.maxsize:
+            if kept.host_bytes <= self._host.maxsize:
                 self._host[key] = kept
 
     def _evicted(self, kept: PackedAdapter | KeptMerge) -> None:
@@ -183,7 +183,7 @@ class _Noticing(LRUCache[str, PackedAdapter | KeptMerge]):
     def __init__(
         self, max_bytes: int, on_eviction: Callable[[PackedAdapter | KeptMerge], None]
     ) -> None:
-        super().__init__(max_bytes, getsizeof=lambda kept: kept.nbytes)
+        super().__init__(max_bytes, getsizeof=lambda kept: kept.host_bytes)
         self._on_eviction = on_eviction
 
     def peek(self, key: str) -> PackedAdapter | KeptMerge:

@@ -87,6 +87,7 @@ class StagingArea:
         self._merges: dict[str, _Staging] = {}
         self.tiers = Tiers(device, check, settings, writes=rank == 0)
         self._account = self.tiers.account()
+        self._busy: set[Future[None]] = set()
         self._local = threading.local()
         self._threads = ThreadPoolExecutor(
             max_workers=settings.merge_threads,
@@ -103,9 +104,13 @@ class StagingArea:
             of the exception, `message` and `param`).
             `tiers`: (entries, bytes) of merges by tier.
             `events`: what happened to the tiers since anybody was told, see `Tiers.events`.
+            `busy`: whether there will be more to tell, as a thread still merges or keeps.
         """
+        merges = {recipe.merge_id: self._stage(recipe, holder) for recipe in recipes}
+        self._busy = {running for running in self._busy if not running.done()}
         return {
-            "merges": {recipe.merge_id: self._stage(recipe, holder) for recipe in recipes},
+            "merges": merges,
+            "busy": bool(self._busy),  # before the rest: what ends now is told of next time
             "tiers": self._account,
             "events": self.tiers.events(),
         }
@@ -119,7 +124,9 @@ class StagingArea:
                 message = f"{recipe.merge_id} and {twin} share one id in vLLM: one at a time"
                 return _failed("CollisionError", message)
             staging = self._merges[recipe.merge_id] = _Staging(Future())
-            self._threads.submit(self._fulfil, recipe, staging.future, time.perf_counter())
+            self._busy.add(
+                self._threads.submit(self._fulfil, recipe, staging.future, time.perf_counter())
+            )
         staging.holders.add(holder)
         if not staging.future.done():
             return {"state": "pending"}

@@ -153,7 +153,9 @@ def test_a_mixed_batch_answers_as_each_request_alone(client, metric):
     alone = [ask(client, question, **fields)[0] for question, fields in requests]
     steps.append(metric("vllm:iteration_tokens_total_count"))
     with ThreadPoolExecutor(len(requests)) as pool:
-        together = list(pool.map(lambda request: ask(client, request[0], **request[1])[0], requests))
+        together = list(
+            pool.map(lambda request: ask(client, request[0], **request[1])[0], requests)
+        )
     steps.append(metric("vllm:iteration_tokens_total_count"))
     assert together == alone
     assert 1.5 * (steps[2] - steps[1]) < steps[1] - steps[0]  # they did share batches

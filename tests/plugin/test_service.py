@@ -32,6 +32,7 @@ from vllm_lego.errors import (
     MergeFailedError,
     MergeTimeoutError,
     ServingError,
+    ShuttingDownError,
     UnknownAdapterError,
     UnmergeableError,
     WorkersDisagreeError,
@@ -158,6 +159,79 @@ def test_miss_then_hit_and_any_order(start):
         assert first.model == second.model
         assert vllm.registered == {engine_id(first.model): first.model}
         assert nothing_left(service, vllm)
+
+    asyncio.run(scenario())
+
+
+def test_shutting_down_waits_for_what_was_taken_and_refuses_what_comes(start):
+    """Those in line too: vLLM's scheduler does not know of them."""
+
+    async def scenario():
+        service, vllm = start()
+        stopped = threading.Event()
+        vllm.shutdown = lambda timeout: stopped.set()
+        service._engine.before_shutdown(service.drain)
+        loop = asyncio.get_running_loop()
+        async with AsyncExitStack() as stack:
+            for names in ("ab", "ac", "ad", "ae"):  # as many as there are slots
+                wanted = AdapterSet(dict.fromkeys(names, 1.0))
+                await stack.enter_async_context(service.serving(wanted, param="adapters"))
+            in_line = asyncio.create_task(use(service, "af"))
+            while not service.slots.waiting():
+                await asyncio.sleep(0.01)
+            stopping = loop.run_in_executor(None, lambda: vllm.shutdown(timeout=60))
+            while not service._closing:
+                await asyncio.sleep(0.01)
+            with pytest.raises(ShuttingDownError):
+                await use(service, "bc")
+            assert not stopped.is_set()
+        assert (await in_line).result == "miss"
+        await stopping
+        assert stopped.is_set()
+
+    asyncio.run(scenario())
+
+
+def test_shutting_down_waits_no_longer_than_it_may(start):
+    async def scenario():
+        service, vllm = start()
+        left: list[float] = []
+
+        def shutdown(timeout: float) -> None:
+            left.append(timeout)
+
+        vllm.shutdown = shutdown
+        service._engine.before_shutdown(service.drain)
+        wanted = AdapterSet(dict.fromkeys("ab", 1.0))
+        async with service.serving(wanted, param="adapters"):
+            await asyncio.to_thread(lambda: vllm.shutdown(timeout=0.1))
+            assert left == [0]
+
+    asyncio.run(scenario())
+
+
+def test_a_cancelled_server_asks_no_engine(start):
+    """At its end the loop cancels all tasks; an engine that is gone would never answer."""
+
+    async def scenario():
+        service, vllm = start()
+
+        async def silent(*_: object, **__: object) -> None:
+            await asyncio.Event().wait()
+
+        vllm.collective_rpc = silent
+        asyncio.create_task(use(service, "ab"))  # noqa: RUF006
+        while not service._merging:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))  # it would not return
+
+
+def test_reading_members_has_a_limit(start):
+    async def scenario():
+        service, _ = start(merge_timeout_s=0.0)
+        with pytest.raises(MergeTimeoutError, match="reading 2 adapters took longer than 0 s"):
+            await use(service, "ab")
 
     asyncio.run(scenario())
 

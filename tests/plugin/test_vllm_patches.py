@@ -47,3 +47,21 @@ def test_on_a_cpu_tokens_of_the_base_model_get_no_adapter(prefill):
         punica_cpu.bgmv_shrink(x, slots, y, slot_of, 2.0)
     assert torch.equal(y[[0, 2]], torch.zeros(2, 4))
     torch.testing.assert_close(y[1], 2.0 * slots[1, 0] @ x[1])
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="the patch is for the CPU platform")
+@pytest.mark.parametrize("prefill", [False, True])
+def test_on_a_cpu_tokens_of_the_base_model_get_no_adapter_of_an_embedding(prefill):
+    """Its lora_A is a look-up of vLLM's: what is not zero goes into the expand alone."""
+    draws = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, generator=draws)
+    slots = torch.randn(2, 1, 6, 4, generator=draws)
+    slot_of = torch.tensor([-1, 1, -1])
+    y = torch.ones(3, 6)
+    if prefill:
+        ones = torch.ones(3, dtype=torch.long)
+        lora_ops.sgmv_expand(x, slots, y, ones.cumsum(0) - 1, ones, slot_of, 3, 1, 3, True)
+    else:
+        punica_cpu.bgmv_expand(x, slots, y, slot_of)
+    assert torch.equal(y[[0, 2]], torch.ones(2, 6))
+    torch.testing.assert_close(y[1], 1 + slots[1, 0] @ x[1])
