@@ -3,6 +3,7 @@
 | patch | why | how | can go when |
 | --- | --- | --- | --- |
 | `lora_model_runner_mixin.LRUCacheWorkerLoRAManager` | vLLM loads an adapter from a path, on the engine's loop | a subclass whose `_load_adapter` takes finished tensors for a `lego://` path; everything else is vLLM's | LoRARequest can carry tensors |
+| `LoRAModelManager.activate_adapter` (one instance) | for each pair of matrices of a layer it launches four small copies, some 900 for an 8B model, while all streams wait | for merges, what the layers write is noted and written at once; which layer takes what is decided by vLLM | vLLM copies in batches |
 | `WorkerBase.lego_stage`, `.lego_discard`, `.lego_kept` | a worker has no way to start work off the loop | three methods more, called through `collective_rpc` | vLLM has a registry of worker methods |
 | `torch_ops.bgmv_shrink` and `.bgmv_expand`, on the CPU platform only | in a batch with LoRA requests they give requests of the base model the adapter of the last slot | what they add is zero for tokens without an adapter, as with the GPU kernels | vLLM pull request 48421 or its like is in the oldest version supported |
 | `OpenAIServingModels.show_available_models` (one instance) | `/v1/models` would list every merge ever served | filters them out of the list | adapters can be served without being listed |
@@ -28,10 +29,11 @@ import torch
 
 from lego_core import IncompatibleAdaptersError, LoraAdapter
 from vllm_lego.errors import ShuttingDownError
-from vllm_lego.identity import MERGE_ID
+from vllm_lego.identity import MERGE_ID, is_engine_id
 from vllm_lego.packed import peft_tensors
 from vllm_lego.recipe import SCHEME, Recipe
 from vllm_lego.settings import Settings
+from vllm_lego.slot_writes import SlotWrites
 from vllm_lego.worker import StagingArea
 
 
@@ -53,6 +55,7 @@ def install_worker_patches() -> None:
             model = super().create_lora_manager(*args, **kwargs)
             vllm_config = kwargs.get("vllm_config") or args[1]
             check = _member_check(self, vllm_config)
+            _fill_slots_at_once(self._adapter_manager)
             parallel = vllm_config.parallel_config
             self.lego_staging = StagingArea(
                 self.device,
@@ -142,6 +145,20 @@ def _name_mapper(manager: Any) -> Any:
     # 0.32 has get_rename_mapper, 0.26 get_unstacked_mapper.
     rename = getattr(mapper, "get_rename_mapper", None) or mapper.get_unstacked_mapper
     return rename()
+
+
+def _fill_slots_at_once(manager: Any) -> None:
+    """Write a merge into its slot in a few launches: vLLM takes four for every matrix pair."""
+    stock = manager.activate_adapter
+    writes = SlotWrites(manager.modules.values(), ("lora_a_stacked", "lora_b_stacked"))
+
+    def activate_adapter(lora_id: int) -> bool:
+        if not is_engine_id(lora_id):
+            return bool(stock(lora_id))
+        with writes.noted():
+            return bool(stock(lora_id))
+
+    manager.activate_adapter = activate_adapter
 
 
 def _lora_model(manager: Any, adapter: LoraAdapter, lora_int_id: int) -> Any:

@@ -14,6 +14,7 @@ from lego_core.config import MergeConfig
 from lego_core.merge import ALGORITHM_VERSION
 
 _HEX_DIGITS = 16
+_FIRST_ENGINE_ID = 1 << 30
 MERGE_ID = re.compile(rf"lego-[0-9a-f]{{{_HEX_DIGITS}}}")
 
 
@@ -45,4 +46,9 @@ def engine_id(identity: str) -> int:
     From 2^30 to 2^31 - 1: above the ids that vLLM counts up from 1, and an int32, which vLLM's
     V2 model runner keeps ids in. Two merges can collide; the workers refuse the second.
     """
-    return (1 << 30) | (int(identity.removeprefix("lego-"), 16) & ((1 << 30) - 1))
+    return _FIRST_ENGINE_ID | (int(identity.removeprefix("lego-"), 16) & (_FIRST_ENGINE_ID - 1))
+
+
+def is_engine_id(number: int) -> bool:
+    """Whether vLLM's integer id is one of a merge."""
+    return number >= _FIRST_ENGINE_ID
