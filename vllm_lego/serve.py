@@ -68,7 +68,7 @@ def serve(arguments: Sequence[str]) -> int:
         print(f"vllm-lego: {launch.notice}", file=sys.stderr, flush=True)
     # Plain vLLM from here on: its signals, its exit code, nothing of ours in between.
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *launch.arguments]
-    os.execve(sys.executable, command, launch.environment)  # noqa: S606  our own interpreter
+    return os.execve(sys.executable, command, launch.environment)  # noqa: S606  our interpreter
 
 
 def plan(arguments: Sequence[str], environment: Mapping[str, str]) -> Launch:
