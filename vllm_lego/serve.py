@@ -130,7 +130,7 @@ def vllm_flags(arguments: Sequence[str]) -> argparse.Namespace | None:
         peek.add_argument(flag)
     try:
         flags, _ = peek.parse_known_args(list(arguments))
-        if flags.config is not None:
+        if flags.config is not None and "--config" in arguments:  # vLLM reads no --config=FILE
             flags, _ = peek.parse_known_args([*_from_yaml(flags.config), *arguments])
     except (OSError, ValueError):
         return None

@@ -142,6 +142,8 @@ def test_flags_are_not_taken_from_vllm(vllm):
 
 def test_ranks_are_those_of_vllm():
     assert typing.get_args(MaxLoRARanks) == RANKS
+    documented = (ADAPTERS_DIR.parents[2] / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert f"({', '.join(map(str, RANKS))})" in documented
 
 
 @pytest.mark.parametrize(
