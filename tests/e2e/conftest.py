@@ -44,10 +44,12 @@ def replaceable(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(model: Path, replaceable: Path) -> Iterator[ServerProcess]:
+    given = server_arguments(model, shipped_adapters() | {"replaceable": replaceable})
     arguments = [
-        *server_arguments(model, shipped_adapters() | {"replaceable": replaceable}),
+        # These two are for `vllm-lego serve` to choose.
+        *(a for a in given if not a.startswith(("--enable-lora", "--max-lora-rank"))),
         f"--device-cache-bytes={CACHE_BYTES}",
-        f"--max-body-bytes={BODY_BYTES}",
+        f"--max-body-bytes={BODY_BYTES >> 20}MiB",
         f"--max-queued-merges={QUEUED_MERGES}",
     ]
     environment = server_environment() | {"VLLM_API_KEY": KEY}

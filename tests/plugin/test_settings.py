@@ -5,10 +5,21 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from vllm_lego.settings import Settings, SettingsError, flag_name, variable_name
+from vllm_lego.settings import (
+    Settings,
+    SettingsError,
+    default_text,
+    flag_name,
+    markdown_table,
+    size,
+    variable_name,
+)
+
+DOCS = Path(__file__).parents[2] / "docs" / "settings.md"
 
 
 def test_defaults():
@@ -35,7 +46,12 @@ def test_an_empty_variable_is_an_unset_one():
         ("VLLM_LEGO_MERGE_TIMEOUT_S", "nan"),
         ("VLLM_LEGO_MERGE_TIMEOUT_S", "-1"),
         ("VLLM_LEGO_MERGE_TIMEOUT_S", "inf"),
-        ("VLLM_LEGO_DEVICE_CACHE_BYTES", "1GiB"),
+        ("VLLM_LEGO_DEVICE_CACHE_BYTES", "1Gi"),
+        ("VLLM_LEGO_DEVICE_CACHE_BYTES", "1.5GiB"),
+        ("VLLM_LEGO_DEVICE_CACHE_BYTES", "0"),
+        ("VLLM_LEGO_STORE_BYTES", "-1GiB"),
+        ("VLLM_LEGO_STORE_BYTES", "GiB"),
+        ("VLLM_LEGO_STORE_BYTES", "1e9"),
     ],
 )
 def test_nonsense_names_the_variable_and_the_value(variable, value):
@@ -44,24 +60,45 @@ def test_nonsense_names_the_variable_and_the_value(variable, value):
     assert repr(value) in str(caught.value)
 
 
-def test_help_of_serve_lists_every_setting():
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0", 0),
+        ("123", 123),
+        ("2GiB", 2 << 30),
+        ("2 gib", 2 << 30),
+        ("3MB", 3_000_000),
+        ("64KiB", 1 << 16),
+        ("1TB", 10**12),
+    ],
+)
+def test_sizes_have_units(text, expected):
+    assert size(text) == expected
+    assert Settings.from_environment({"VLLM_LEGO_STORE_BYTES": text}).store_bytes == expected
+
+
+def test_a_default_written_out_is_that_default():
+    written = {
+        variable_name(setting.name): default_text(setting)
+        for setting in dataclasses.fields(Settings)
+        if setting.default is not None
+    }
+    assert Settings.from_environment(written) == Settings()
+
+
+def test_help_settings_and_documentation_agree():
     helped = subprocess.run(
         [sys.executable, "-m", "vllm_lego.cli", "serve", "--help"],
         check=True,
         capture_output=True,
         text=True,
     ).stdout
+    helped = "".join(helped.split())
+    documented = DOCS.read_text(encoding="utf-8")
+    assert markdown_table() in documented  # printed by python -m vllm_lego.settings
     for setting in dataclasses.fields(Settings):
-        assert flag_name(setting.name) in helped
-        assert variable_name(setting.name) in "".join(helped.split())
-
-
-def test_serve_refuses_nonsense_before_vllm_starts():
-    ran = subprocess.run(
-        [sys.executable, "-m", "vllm_lego.cli", "serve", "model", "--rank", "-3"],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 2
-    assert ran.stderr.startswith("vllm-lego: VLLM_LEGO_RANK is '-3'")
+        variable, flag = variable_name(setting.name), flag_name(setting.name)
+        told = f"{setting.metadata['help']}[{variable},default:{default_text(setting)}]"
+        assert flag in helped
+        assert "".join(told.split()) in helped
+        assert f"| `{variable}` | `{flag}` |" in documented
