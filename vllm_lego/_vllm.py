@@ -5,7 +5,8 @@
 | `lora_model_runner_mixin.LRUCacheWorkerLoRAManager` | vLLM loads an adapter from a path, on the engine's loop | a subclass whose `_load_adapter` takes finished tensors for a `lego://` path; everything else is vLLM's | LoRARequest can carry tensors |
 | `WorkerBase.lego_stage`, `.lego_discard`, `.lego_kept` | a worker has no way to start work off the loop | three methods more, called through `collective_rpc` | vLLM has a registry of worker methods |
 | `torch_ops.bgmv_shrink`, on the CPU platform only | in a batch with LoRA requests it gives requests of the base model the adapter of the last slot | its result is zeroed for tokens without an adapter, as the GPU kernels do | vLLM pull request 48421 or its like is in the oldest version supported |
-| `OpenAIServingModels.show_available_models` (one instance) | `/v1/models` would list every merge ever served | filters them out of the list | adapters can be served without being listed |
+| `OpenAIServingModels.show_available_models` (one instance) | `/v1/models` would list every merge ever served, and nothing that vLLM does not serve itself | filters the first out of the list and adds the second | adapters can be served without being listed |
+| `OpenAIServingModels.lora_requests` (one instance), with a policy file only | vLLM serves every adapter to everybody | a dictionary in which a caller finds what the policy lets it name | vLLM asks somebody who may use an adapter |
 | `PrometheusStatLogger.gauge_lora_info` (one instance) | its labels list the adapters running at once, so that each combination of merges makes a series for ever | to it all merges are one, `lego` | it has bounded labels |
 | `app.router.middleware_stack` (one instance) | `--middleware` runs before the API-key check | wrapped by our ASGI class, inside vLLM's own middleware | endpoint plugins can add middleware |
 """
@@ -16,13 +17,14 @@ import asyncio
 import os
 import uuid
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lego_core import IncompatibleAdaptersError, LoraAdapter
+from vllm_lego.access import Visible
 from vllm_lego.identity import MERGE_ID
 from vllm_lego.packed import peft_tensors
 from vllm_lego.recipe import SCHEME, Recipe
@@ -213,8 +215,13 @@ def _member_check(manager: Any, vllm_config: Any) -> Callable[[LoraAdapter], Non
 class _NativeAdapters(Mapping[str, str]):
     """The folder by name of every adapter that vLLM itself serves: a view, merges left out."""
 
-    def __init__(self, lora_requests: Mapping[str, Any]) -> None:
-        self._lora_requests = lora_requests
+    def __init__(self, models: Any) -> None:
+        self._models = models
+
+    @property
+    def _lora_requests(self) -> Mapping[str, Any]:
+        requests: Mapping[str, Any] = self._models.lora_requests
+        return requests
 
     def __getitem__(self, name: str) -> str:
         path = self._lora_requests[name].lora_path
@@ -253,8 +260,8 @@ class Engine:
         self.max_rank: int = lora_config.max_lora_rank
         self.dtype: str = str(lora_config.lora_dtype).removeprefix("torch.")
         self.base_model: str = self._models.base_model_paths[0].name
-        self.adapters: Mapping[str, str] = _NativeAdapters(self._models.lora_requests)
-        _hide_merges(self._models)
+        self.adapters: Mapping[str, str] = _NativeAdapters(self._models)
+        self._list_models()
         _bound_the_labels(client)
 
     def is_base_model(self, name: str) -> bool:
@@ -264,6 +271,37 @@ class Engine:
     def is_served(self, name: str) -> bool:
         """Whether vLLM answers to this model name now."""
         return self.is_base_model(name) or name in self._models.lora_requests
+
+    def hide(self, may_see: Callable[[str | Recipe], bool]) -> None:
+        """Let callers find those adapters and merges alone that they may name."""
+
+        def is_visible(request: Any) -> bool:
+            if request.lora_path.startswith(SCHEME):
+                return may_see(Recipe.decode(request.lora_path))
+            return may_see(request.lora_name)
+
+        self._models.lora_requests = Visible(self._models.lora_requests, is_visible)
+
+    def list_too(self, names: Callable[[], Awaitable[Iterable[str]]]) -> None:
+        """Add adapters that vLLM does not serve itself to its list of models."""
+        self._listed_too = names
+
+    def _list_models(self) -> None:
+        stock = self._models.show_available_models
+
+        async def show_available_models() -> Any:
+            listed = await stock()
+            listed.data = [card for card in listed.data if not str(card.root).startswith(SCHEME)]
+            base = listed.data[0]
+            listed.data += [
+                type(base)(
+                    id=name, root=name, parent=base.id, permission=[type(base.permission[0])()]
+                )
+                for name in await self._listed_too()
+            ]
+            return listed
+
+        self._models.show_available_models = show_available_models
 
     def in_flight(self) -> set[str]:
         """Return the names of all adapters and merges that vLLM has requests of now.
@@ -317,17 +355,6 @@ class Engine:
             )
         )
         return [worker for engine in answers for worker in engine]
-
-
-def _hide_merges(models: Any) -> None:
-    stock = models.show_available_models
-
-    async def show_available_models() -> Any:
-        listed = await stock()
-        listed.data = [card for card in listed.data if not str(card.root).startswith(SCHEME)]
-        return listed
-
-    models.show_available_models = show_available_models
 
 
 class _MergesAsOne:

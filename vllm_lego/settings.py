@@ -22,6 +22,48 @@ def _setting(default: Any, help_text: str, *, low: float, kind: type = int) -> A
 class Settings:
     """The plugin's settings. Each field NAME is read from the variable `VLLM_LEGO_NAME`."""
 
+    adapter_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder of which each subfolder with an adapter_config.json is an adapter that "
+            "can be named, by its folder's name. By default none",
+            "kind": str,
+        },
+    )
+    hub_allow: str | None = field(
+        default=None,
+        metadata={
+            "help": "hub repositories whose adapters can be named, separated by commas or spaces: "
+            "org/name (its branches and tags, too), org/name@revision (that one only) or org/*. By "
+            "default none, and nothing is downloaded",
+            "kind": str,
+        },
+    )
+    hub_max_bytes: int = _setting(
+        1 << 30, "bytes that the files of one adapter from the hub may have together", low=1
+    )
+    policy_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "TOML file of rules: which adapters may be combined, and which API key may name "
+            "which. By default everybody may combine all that can be named",
+            "kind": str,
+        },
+    )
+    methods: str = field(
+        default="lego lego-paper concat svd linear core_space",
+        metadata={
+            "help": "merging methods that requests may ask for, separated by commas or spaces. "
+            "ties, dare_ties and knots build every update as a whole matrix, which on a large model "
+            "takes seconds and gigabytes of the device",
+            "kind": str,
+        },
+    )
+    max_restarts: int = _setting(
+        16,
+        "restarts of the clustering that a request may ask for, of methods that have them",
+        low=1,
+    )
     method: str = field(
         default="lego",
         metadata={"help": "merging method of requests that name none", "kind": str},
