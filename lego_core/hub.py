@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +151,7 @@ def _fetch_weights(fetch: _Fetch, commit: str, folder: Path) -> None:
             raise AdapterFormatError(
                 f"adapter {fetch.name!r}: {INDEX_FILE} names {len(shards)} shards, over {_MAX_SHARDS}"
             ) from None
+        fetch.expect(shards, commit)
         for shard in shards:
             fetch.file(shard, commit)
 
@@ -181,13 +182,27 @@ class _Fetch:
             self._verify(path)
         return path
 
+    def expect(self, files: Sequence[str], commit: str) -> None:
+        """Refuse files that together are too large, before the first of them is downloaded."""
+        if self._max_bytes is None:
+            return
+        size = 0
+        for file in files:
+            with _told(self.repository, file, commit, self.name):
+                told = hf_hub_download(self.repository, file, revision=commit, dry_run=True)
+            size += 0 if told.is_cached else told.file_size or 0
+        self._check(f"the {len(files)} .safetensors", size, self._max_bytes - self._spent)
+
+    def _check(self, what: str, size: int, most: int) -> None:
+        if size > most:
+            raise AdapterFormatError(
+                f"adapter {self.name!r}: {what} of {self.repository!r} has {size} bytes or more; at "
+                f"most {most} are downloaded for it, and {self._max_bytes} for an adapter"
+            )
+
     def _bounded(self, file: str, revision: str | None, most: int) -> Path:
         def check(size: int) -> None:
-            if size > most:
-                raise AdapterFormatError(
-                    f"adapter {self.name!r}: {file} of {self.repository!r} has {size} bytes or more; "
-                    f"at most {most} are downloaded for it, and {self._max_bytes} for an adapter"
-                )
+            self._check(file, size, most)
 
         told = hf_hub_download(self.repository, file, revision=revision, dry_run=True)
         if not told.is_cached:
