@@ -109,9 +109,8 @@ class Catalog:
     def names(self) -> list[str]:
         """Return the names that the caller may use and whose files are here, sorted."""
         fetched = self._hub.here() if self._hub else ()
-        return sorted(
-            {*self._served, *self.folder_names(), *filter(self._access.may_name, fetched)}
-        )
+        here = {*self._served, *self.folder_names(), *fetched}
+        return sorted(filter(self._access.may_name, here))
 
     def folder_names(self) -> list[str]:
         """Return those of `names` that are the folder's, sorted."""

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from vllm_lego.policy import read_policy
 from vllm_lego.settings import Settings, SettingsError, flag_name, variable_name
 
 _PLUGIN = "lego"
@@ -75,7 +76,7 @@ def _serve(options: argparse.Namespace, rest: Sequence[str]) -> int:
     environment = dict(os.environ)
     environment |= {k: v for k, v in vars(options).items() if k.startswith("VLLM_LEGO_")}
     try:
-        Settings.from_environment(environment)
+        read_policy(Settings.from_environment(environment))
     except SettingsError as error:
         print(f"vllm-lego: {error}", file=sys.stderr)
         return 2

@@ -202,11 +202,11 @@ class HubAllowList:
 
         A repository that is listed with one revision only stands for that revision, named or not.
         """
-        repository, _, revision = name.partition("@")
+        repository, at, revision = name.partition("@")
         listed = self.revisions.get(repository, frozenset())
         if revision in listed:
             return repository, revision
-        if not revision and len(listed) == 1:
+        if not at and len(listed) == 1:
             (pinned,) = listed
             return repository, pinned
         match = _NAME.fullmatch(name)

@@ -1,0 +1,512 @@
+"""Names that a folder and the hub give: what is an adapter, what is not, and when that is known."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lego_core.adapter_config import CONFIG_FILE
+from lego_core.adapter_files import WEIGHTS_FILE
+from tests.hub_server import NEW, OLD, REPO, Hub, plain
+from vllm_lego.access import Access
+from vllm_lego.catalog import Catalog
+from vllm_lego.errors import (
+    BusyError,
+    ForbiddenError,
+    HubFailedError,
+    ServingError,
+    UnknownAdapterError,
+    UnmergeableError,
+)
+from vllm_lego.policy import Policy
+from vllm_lego.settings import Settings, SettingsError
+from vllm_lego.sources import AdapterFolder, HubAdapters, HubAllowList
+
+LIMIT = 1 << 20
+
+
+def adapter(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for file, content in plain().items():
+        (folder / file).write_bytes(content)
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    folder = tmp_path / "home"
+    adapter(folder / "sql")
+    return folder
+
+
+def names(folder: AdapterFolder) -> list[str]:
+    asyncio.run(folder.refresh())
+    return sorted(folder.adapters)
+
+
+def until(condition: Callable[[], bool], limit_s: float = 10) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end
+
+
+def test_folders_come_and_go_at_once(home):
+    folder = AdapterFolder(home)
+    for i in range(20):  # within one tick of the file system's clock, too
+        adapter(home.with_name("new")).rename(home / f"n{i}")
+        assert f"n{i}" in names(folder)
+    for i in range(20):
+        (home / f"n{i}").rename(home.with_name(f"gone{i}"))
+        assert f"n{i}" not in names(folder)
+    assert names(folder) == ["sql"]
+    assert folder.adapters["sql"] == str(home.resolve() / "sql")
+
+
+def test_a_configuration_written_later_is_noticed_soon(home):
+    folder = AdapterFolder(home)
+    (home / "late").mkdir()
+    assert names(folder) == ["sql"]
+    (home / "late" / CONFIG_FILE).write_text("{}")
+    until(lambda: names(folder) == ["late", "sql"], 5)
+
+
+def test_a_look_at_an_unchanged_folder_is_one_stat(home, monkeypatch):
+    folder = AdapterFolder(home)
+    until(lambda: time.time_ns() - home.stat().st_mtime_ns > 50_000_000)
+    names(folder)
+    monkeypatch.setattr(os, "scandir", lambda *_: pytest.fail("scanned"))
+    monkeypatch.setattr("vllm_lego.sources._FRESH_S", 1000)
+    for _ in range(100):
+        assert names(folder) == ["sql"]
+
+
+@pytest.mark.parametrize("name", [".hidden", "a\nb", "a\x7fb", "lego-0123456789abcdef", "a\u2028b"])
+def test_names_that_are_none(home, name):
+    adapter(home / name)
+    assert names(AdapterFolder(home)) == ["sql"]
+
+
+def test_a_name_that_is_no_unicode(home):
+    os.mkdir(os.fsencode(home) + b"/\xff")  # noqa: PTH102  a Path would have to be decoded
+    Path(os.fsdecode(os.fsencode(home) + b"/\xff"), CONFIG_FILE).write_text("{}")
+    assert names(AdapterFolder(home)) == ["sql"]
+
+
+@pytest.mark.parametrize("name", ["a b", "c++", "été", "日本語", "a@b", "a,b", ".x"])
+def test_names_that_are_some(home, name):
+    adapter(home / name)
+    assert (name in names(AdapterFolder(home))) is not name.startswith(".")
+
+
+def test_what_is_no_adapter(home):
+    (home / "empty").mkdir()
+    (home / "file").write_text("{}")
+    (home / "folder" / CONFIG_FILE).mkdir(parents=True)
+    (home / "pipe").mkdir()
+    os.mkfifo(home / "pipe" / CONFIG_FILE)
+    (home / "nested" / "deeper").mkdir(parents=True)
+    (home / "nested" / "deeper" / CONFIG_FILE).write_text("{}")
+    (home / "dangling").symlink_to("nowhere")
+    assert names(AdapterFolder(home)) == ["sql"]
+
+
+def test_links_that_stay_inside(home, tmp_path):
+    (home / "latest").symlink_to("sql")
+    (home / "absolute").symlink_to(home / "sql")
+    adapter(home / "own")
+    (home / "own" / WEIGHTS_FILE).rename(home / "own" / "v2.safetensors")
+    (home / "own" / WEIGHTS_FILE).symlink_to("v2.safetensors")
+    (tmp_path / "link").symlink_to(home)
+    assert names(AdapterFolder(tmp_path / "link")) == ["absolute", "latest", "own", "sql"]
+
+
+def test_links_that_lead_out(home, tmp_path, caplog):
+    outside = adapter(tmp_path / "outside")
+    (home / "folder").symlink_to(outside)
+    (home / "up").symlink_to("..")
+    (home / "itself").symlink_to(".")
+    (home / CONFIG_FILE).write_text("{}")
+    for file in (CONFIG_FILE, WEIGHTS_FILE, "adapter_model-1.safetensors"):
+        folder = adapter(home / f"with-{file}")
+        (folder / file).unlink(missing_ok=True)
+        (folder / file).symlink_to(outside / file)
+    (outside / "adapter_model-1.safetensors").write_bytes(b"")
+    adapter(home / "neighbour")
+    (home / "neighbour" / WEIGHTS_FILE).unlink()
+    (home / "neighbour" / WEIGHTS_FILE).symlink_to(home / "sql" / WEIGHTS_FILE)
+    (tmp_path / "home2").mkdir()  # begins like home
+    (home / "sibling").symlink_to(adapter(tmp_path / "home2" / "x"))
+    folder = AdapterFolder(home)
+    assert names(folder) == ["sql"]
+    names(folder)
+    told = [record.message for record in caplog.records if "with-" in record.message]
+    assert len(told) == 3  # once each
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("SQL", "sql"), ("Straße", "STRASSE"), ("é", "e\u0301")]
+)
+def test_names_that_a_volume_may_take_for_one_are_nobodys(home, caplog, one, other):
+    (home / "sql").rename(home / "kept")
+    adapter(home / one)
+    assert one in names(AdapterFolder(home))
+    try:
+        adapter(home / other)
+    except FileExistsError:
+        pytest.skip("this volume takes them for one")
+    folder = AdapterFolder(home)
+    assert names(folder) == ["kept"]
+    assert "rename all but one" in caplog.text
+
+
+def test_a_folder_that_is_not_there(tmp_path, home):
+    with pytest.raises(SettingsError, match="VLLM_LEGO_ADAPTER_DIR"):
+        AdapterFolder(tmp_path / "none")
+    folder = AdapterFolder(home)
+    home.rename(tmp_path / "moved")
+    assert names(folder) == []
+    (tmp_path / "moved").rename(home)
+    assert names(folder) == ["sql"]
+
+
+def test_thousand_adapters_are_cheap(tmp_path):
+    for i in range(1000):
+        (tmp_path / f"a{i}").mkdir()
+        (tmp_path / f"a{i}" / CONFIG_FILE).write_text("{}")
+    folder = AdapterFolder(tmp_path)
+    assert len(folder.adapters) == 1000
+    names(folder)
+
+    async def looks() -> float:
+        started = time.perf_counter()
+        for _ in range(1000):
+            await folder.refresh()
+        return time.perf_counter() - started
+
+    assert asyncio.run(looks()) < 5  # about 0.1 s; a scan for each would take 15
+
+
+def looked_up(catalog: Catalog, *wanted: str) -> list[str]:
+    return [e.path for e in asyncio.run(catalog.look_up(wanted, param="adapters"))]
+
+
+def test_a_folders_adapters_are_in_the_catalog_and_vllms_names_win(home, tmp_path, caplog):
+    adapter(home / "style")
+    adapter(home / "base")
+    served = {"style": str(adapter(tmp_path / "served"))}
+    catalog = Catalog(served, AdapterFolder(home), is_base_model=lambda name: name == "base")
+    assert looked_up(catalog, "sql", "style") == [str(home / "sql"), served["style"]]
+    assert catalog.names() == ["sql", "style"]
+    assert catalog.folder_names() == ["sql"]
+    assert "base" not in catalog
+    assert caplog.text.count("'style'") == 1
+    adapter(home / "new")
+    assert looked_up(catalog, "new") == [str(home / "new")]
+
+
+def test_an_adapter_that_goes_is_unknown(home):
+    catalog = Catalog({}, AdapterFolder(home))
+    assert looked_up(catalog, "sql")
+    (home / "sql").rename(home.with_name("gone"))
+    with pytest.raises(UnknownAdapterError, match="'sql' is not served here"):
+        looked_up(catalog, "sql")
+
+
+HOSTILE = st.one_of(
+    st.text(max_size=300),
+    st.lists(st.sampled_from(["..", ".", "/", "sql", "\0", "home", "org", "@", "\\", "~"])).map(
+        "".join
+    ),
+    st.sampled_from(
+        ["", "sql/", "./sql", "../home/sql", "sql\0", "SQL", "s\u0301ql", "sql" * 100_000]
+    ),
+)
+
+
+OPENED: list[str] | None = None
+"""Where the file system or the network is touched, while somebody wants to know."""
+
+
+@sys.addaudithook
+def _note(event: str, args: Any) -> None:
+    if OPENED is not None and event in ("open", "os.scandir", "os.listdir", "socket.connect"):
+        OPENED.append(str(args[0]))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("small")
+    adapter(home / "sql")
+    return home
+
+
+@settings(deadline=None)
+@given(name=HOSTILE.filter(lambda name: name != "sql"))
+def test_a_name_that_is_not_known_reaches_nothing(small, name):
+    """Neither the file system, but for the look at the folder itself, nor the hub."""
+    global OPENED  # noqa: PLW0603
+    catalog = Catalog({}, AdapterFolder(small), HubAdapters(HubAllowList.parse("org/x"), LIMIT))
+    OPENED = []
+    try:
+        with pytest.raises(UnknownAdapterError) as caught:
+            looked_up(catalog, name)
+        assert len(str(caught.value)) < 200
+        assert {place for place in OPENED if "/dev/" not in place} <= {
+            str(small),
+            str(small / "sql"),
+        }
+    finally:
+        OPENED = None
+
+
+def allow(text: str) -> HubAllowList:
+    return HubAllowList.parse(text)
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    ("allowed", "name", "found"),
+    [
+        ("org/a", "org/a", ("org/a", None)),
+        ("org/a", "org/a@v1.0", ("org/a", "v1.0")),
+        ("x/y, org/a\n", "org/a", ("org/a", None)),
+        ("org/*", "org/a", ("org/a", None)),
+        ("org/*", "org/a@main", ("org/a", "main")),
+        ("org/a@v1", "org/a@v1", ("org/a", "v1")),
+        ("org/a@v1", "org/a", ("org/a", "v1")),
+        (f"org/a@{COMMIT}", "org/a", ("org/a", COMMIT)),
+        (f"org/a@{COMMIT}", f"org/a@{COMMIT}", ("org/a", COMMIT)),
+        (f"org/a@{COMMIT} org/*", "org/a", ("org/a", COMMIT)),
+        ("org/a org/a@refs/pr/1", "org/a@refs/pr/1", ("org/a", "refs/pr/1")),
+        ("org/a org/a@v1", "org/a", ("org/a", None)),
+        # What nobody allowed.
+        ("", "org/a", None),
+        ("org/a", "org/b", None),
+        ("org/a", "ORG/a", None),
+        ("org/*", "org2/a", None),
+        ("org/*", "org/", None),
+        ("org/*", "org/a/b", None),
+        ("org/*", "org/..", None),
+        ("org/*", "org/a--b", None),
+        ("org/*", "org/" + "a" * 97, None),
+        ("org/*", "org/*", None),
+        ("org/a@v1", "org/a@v2", None),
+        ("org/a@v1 org/*", "org/a@v2", None),
+        ("org/a@v1 org/a@v2", "org/a", None),
+        # Anybody can propose changes, and the hub serves them under the repository's name.
+        ("org/a", "org/a@refs/pr/1", None),
+        ("org/a", "org/a@pr/1", None),
+        ("org/*", f"org/a@{COMMIT}", None),
+        ("org/a", f"org/a@{COMMIT[:7].upper()}", None),
+        ("org/a", "org/a@", None),
+        ("org/a", "org/a@main@v1", None),
+        ("org/a", "org/a@main\n", None),
+        ("org/a", "org/a@main~1", None),
+        ("org/a", "org/a@\u0661", None),
+    ],
+)
+def test_what_may_be_named_of_the_hub(allowed, name, found):
+    assert allow(allowed).find(name) == found
+
+
+@given(st.text(max_size=50))
+def test_nothing_else_may_be_named(name):
+    assert allow("").find(name) is None
+    found = allow("org/*, x/y").find(name)
+    assert found is None or found[0].startswith("org/") or found[0] == "x/y"
+
+
+@pytest.mark.parametrize(
+    "entry", ["*", "org", "*/*", "*/a", "org/a*", "org/a@", "/a", "org/a/b", "@v1"]
+)
+def test_an_entry_that_is_none_is_refused(entry):
+    with pytest.raises(SettingsError, match="VLLM_LEGO_HUB_ALLOW") as caught:
+        allow(f"org/a {entry}")
+    assert repr(entry) in str(caught.value)
+
+
+def hub_catalog(allowed: str = "org/*", max_bytes: int = LIMIT) -> Catalog:
+    return Catalog({}, hub=HubAdapters(allow(allowed), max_bytes))
+
+
+def refused(catalog: Catalog, error: type[ServingError], name: str = REPO) -> str:
+    with pytest.raises(error) as caught:
+        looked_up(catalog, name)
+    assert type(caught.value) is error
+    assert name in str(caught.value)
+    assert "/tmp" not in str(caught.value)  # noqa: S108  no path of this server
+    return str(caught.value)
+
+
+def test_an_adapter_comes_from_the_hub_once_and_stays_at_its_commit(hub: Hub):
+    hub.push(OLD, plain(0))
+    catalog = hub_catalog()
+    first = looked_up(catalog, REPO)
+    assert OLD in first[0]
+    asked = len(hub.asked)
+    hub.push(NEW, plain(1))
+    assert looked_up(catalog, REPO) == first
+    assert len(hub.asked) == asked
+    assert NEW in looked_up(hub_catalog(), REPO)[0]  # after a restart
+    assert catalog.names() == [REPO]
+
+
+def test_a_pin_is_what_is_served(hub: Hub):
+    hub.push(OLD, plain(0))
+    hub.push(NEW, plain(1))
+    assert OLD in looked_up(hub_catalog(f"{REPO}@{OLD}"), REPO)[0]
+
+
+def test_a_cache_that_somebody_emptied_is_filled_with_the_same_commit(hub: Hub):
+    hub.push(OLD, plain(0))
+    catalog = hub_catalog()
+    (folder,) = looked_up(catalog, REPO)
+    hub.push(NEW, plain(1))
+    for file in Path(folder).iterdir():
+        file.unlink()
+    assert looked_up(catalog, REPO) == [folder]
+
+
+def test_nothing_is_fetched_that_is_not_allowed(hub: Hub):
+    hub.push(OLD, plain())
+    for catalog in (Catalog({}), hub_catalog("other/*"), hub_catalog("org/sq")):
+        assert refused(catalog, UnknownAdapterError) == f"adapter {REPO!r} is not served here"
+    assert not hub.asked
+
+
+def test_what_the_hub_does_not_have_is_asked_for_once_in_a_while(hub: Hub):
+    hub.push(OLD, plain())
+    catalog = hub_catalog()
+    refused(catalog, UnknownAdapterError, "org/none")
+    refused(catalog, UnknownAdapterError, f"{REPO}@v9")
+    asked = len(hub.asked)
+    refused(catalog, UnknownAdapterError, "org/none")
+    assert len(hub.asked) == asked
+    catalog._hub._failed.clear()  # type: ignore[union-attr]
+    hub.branches["v9"] = OLD
+    assert OLD in looked_up(catalog, f"{REPO}@v9")[0]
+
+
+def test_a_hub_that_fails_or_lies(hub: Hub, caplog):
+    hub.push(OLD, plain())
+    hub.status = 500
+    assert "log says why" in refused(hub_catalog(), HubFailedError)
+    assert "HTTP 500" in caplog.text
+    hub.status, hub.false_digests = 200, True
+    refused(hub_catalog(), HubFailedError)
+    assert "SHA-256" in caplog.text
+    hub.false_digests = False
+    refused(hub_catalog(max_bytes=len(plain()[WEIGHTS_FILE]) - 1), UnmergeableError)
+    assert looked_up(hub_catalog(), REPO)
+
+
+def test_without_a_connection_what_is_here_is_served(hub: Hub, monkeypatch):
+    hub.push(OLD, plain())
+    there = looked_up(hub_catalog(), REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert looked_up(hub_catalog(), REPO) == there
+    assert "HF_HUB_OFFLINE" in refused(hub_catalog(), UnknownAdapterError, "org/other")
+
+
+def test_one_download_for_all_who_ask_and_a_client_that_leaves_stops_nothing(hub: Hub):
+    hub.push(OLD, plain())
+    hub.gate.clear()
+    catalog = hub_catalog()
+
+    async def scenario() -> None:
+        asking = [asyncio.create_task(catalog.look_up([REPO], param="adapters")) for _ in range(20)]
+        while not hub.asked:
+            await asyncio.sleep(0.001)
+        asking[0].cancel()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(catalog.look_up([REPO], param="adapters"), 0.05)
+        hub.gate.set()
+        found = await asyncio.gather(*asking, return_exceptions=True)
+        assert isinstance(found[0], asyncio.CancelledError)
+        assert all(OLD in entry[0].path for entry in found[1:])
+
+    asyncio.run(scenario())
+    asked = [path for path in hub.asked if path.endswith(CONFIG_FILE)]
+    assert len(asked) <= 3  # what one download asks: how large, and for it
+
+
+def test_downloads_are_bounded_in_number(hub: Hub):
+    hub.gate.clear()
+    catalog = hub_catalog()
+
+    async def scenario() -> None:
+        asking = [
+            asyncio.create_task(catalog.look_up([f"org/a{i}"], param="adapters")) for i in range(30)
+        ]
+        refusals = 0
+        for done in asyncio.as_completed(asking[16:]):
+            with pytest.raises(BusyError):
+                await done
+            refusals += 1
+        assert refusals == 14
+        while len(hub.asked) < 2:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.1)
+        assert len(hub.asked) == 2
+        hub.gate.set()
+        for task in asking[:16]:
+            with pytest.raises(UnknownAdapterError):
+                await task
+
+    asyncio.run(scenario())
+
+
+def test_settings_that_make_no_sense(tmp_path):
+    for wrong in (Settings(adapter_dir=str(tmp_path / "none")), Settings(hub_allow="org")):
+        with pytest.raises(SettingsError):
+            Catalog.of(wrong, {}, Access(), lambda _: False)
+
+
+def test_what_the_policy_hides_is_as_unknown_as_what_is_not_there(home, tmp_path, hub: Hub):
+    hub.push(OLD, plain())
+    adapter(home / "other")
+    policy = Policy.from_toml(
+        '[[allow]]\nadapters = ["sql", "served"]\n[[allow]]\nadapters = ["o*"]'
+    )
+    access = Access(policy)
+    served = {"served": str(adapter(tmp_path / "served")), "hidden": str(tmp_path)}
+    hub_adapters = HubAdapters(allow("org/* x/y"), LIMIT)
+    catalog = Catalog(served, AdapterFolder(home), hub_adapters, access=access)
+    adapter(home / "secret")
+    with access.of([]):
+        assert looked_up(catalog, "sql", "served")
+        assert looked_up(catalog, "other", REPO)
+        with pytest.raises(ForbiddenError, match="'other', 'sql'"):
+            looked_up(catalog, "sql", "other")
+        messages = {
+            refused(catalog, UnknownAdapterError, n).replace(n, "?")
+            for n in ("secret", "none", "hidden", "x/y")
+        }
+        assert len(messages) == 1
+        assert catalog.names() == ["org/sql", "other", "served", "sql"]
+        assert catalog.folder_names() == ["other", "sql"]
+        assert catalog.names_to_fetch() == []
+    assert catalog.names_to_fetch() == ["x/y"]
+    assert "secret" in catalog.names()
+
+
+def test_a_description_is_of_the_files(home):
+    (entry,) = asyncio.run(Catalog({}, AdapterFolder(home)).look_up(["sql"], param="adapters"))
+    assert (entry.name, entry.max_rank, entry.config.alpha) == ("sql", 2, 4)
+    config = json.loads((home / "sql" / CONFIG_FILE).read_text()) | {"rank_pattern": {"q_proj": 3}}
+    (home / "sql" / CONFIG_FILE).write_text(json.dumps(config))
+    (entry,) = asyncio.run(Catalog({}, AdapterFolder(home)).look_up(["sql"], param="adapters"))
+    assert entry.max_rank == 3
