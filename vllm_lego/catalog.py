@@ -117,6 +117,11 @@ class Catalog:
         adapters = self._folder.adapters if self._folder else ()
         return sorted(name for name in adapters if self._in_folder(name) and name in self)
 
+    async def names_to_list(self) -> list[str]:
+        """Return the names that vLLM's list of models lacks, as of now, sorted."""
+        await self.refresh()
+        return self.folder_names()
+
     def names_to_fetch(self) -> list[str]:
         """Return the names that the operator allowed whose files are not here yet, sorted.
 

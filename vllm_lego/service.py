@@ -79,7 +79,7 @@ class LegoService:
         if self.access.is_restricted:
             engine.hide(self.access.may_see)  # before anybody looks for an adapter
         self.catalog = Catalog.of(settings, engine.adapters, self.access, engine.is_base_model)
-        engine.list_too(self._names_to_list)
+        engine.list_too(self.catalog.names_to_list)
         # The workers keep the union of what the API servers keep, and the engine runs it.
         self.cache = MergedAdapterCache(
             settings.device_cache_bytes // engine.api_servers, engine.in_flight
@@ -176,8 +176,6 @@ class LegoService:
             for recipe, nbytes, fidelity in stored:
                 if recipe.merge_id not in listed:
                     found.append(("disk", self._remembered(recipe, nbytes, fidelity)))
-        if not self.access.is_restricted:
-            return found
         return [
             (tier, merge)
             for tier, merge in found
@@ -229,10 +227,6 @@ class LegoService:
             raise MergeTimeoutError(
                 f"reading {adapters} adapters took longer than {limit:g} s; try again later"
             ) from error
-
-    async def _names_to_list(self) -> list[str]:
-        await self.catalog.refresh()
-        return self.catalog.folder_names()
 
     def _recipe(self, members: tuple[Member, ...], config: MergeConfig) -> Recipe:
         identity = merge_id(

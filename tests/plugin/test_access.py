@@ -17,6 +17,7 @@ import torch
 from prometheus_client import REGISTRY
 
 from lego_core import LoraAdapter, LoraModule, MergeConfig, load_adapter, save_adapter
+from tests.hub_server import REPO, Hub
 from tests.plugin.test_interception import echo
 from tests.plugin.test_service import PlayedVllm
 from vllm_lego._vllm import Engine, install_worker_patches
@@ -25,6 +26,7 @@ from vllm_lego.adapter_set import AdapterSet
 from vllm_lego.errors import (
     BadRequestError,
     ForbiddenError,
+    MergeTimeoutError,
     UnknownAdapterError,
     UnmergeableError,
 )
@@ -121,6 +123,21 @@ def test_a_rank_above_the_engines_is_said(start, tmp_path):
         ):
             await use(service, "wide")
         assert (await use(service, "wide", "x")).result == "miss"  # merged to a rank it takes
+
+    asyncio.run(scenario())
+
+
+def test_a_hub_that_keeps_a_request_waiting_is_a_timeout_for_it(start, hub: Hub):
+    hub.gate.clear()
+
+    async def scenario():
+        service, _ = start(hub_allow="org/*", merge_timeout_s=0.1)
+        with pytest.raises(MergeTimeoutError, match=r"longer than 0\.1 s"):
+            await use(service, "a", REPO)
+        assert await use(service, "a") == Serving("a", None)
+        hub.gate.set()
+        with pytest.raises((UnknownAdapterError, MergeTimeoutError)):
+            await use(service, "a", "org/none")
 
     asyncio.run(scenario())
 
@@ -352,7 +369,7 @@ def test_vllms_list_of_models_has_the_folders_adapters(start):
 
         vllm.state.openai_serving_models.show_available_models = stock
         engine = Engine(vllm, vllm.state)
-        engine.list_too(service._names_to_list)
+        engine.list_too(service.catalog.names_to_list)
         listed = await vllm.state.openai_serving_models.show_available_models()
         assert [(card.id, card.root, card.parent) for card in listed.data] == [
             ("base", "/models/base", None),
