@@ -54,8 +54,8 @@ class Settings:
         default="lego lego-paper concat svd linear core_space",
         metadata={
             "help": "merging methods that requests may ask for, separated by commas or spaces. "
-            "ties, dare_ties and knots build every update as a whole matrix, which on a large model "
-            "takes seconds and gigabytes of the device",
+            "ties, dare_ties and knots, which build every update as a whole matrix, are left out: a "
+            "large model's server has better uses for its device",
             "kind": str,
         },
     )
