@@ -20,7 +20,7 @@ from lego_core.errors import (
     IncompatibleAdaptersError,
     LegoError,
 )
-from lego_core.hub import ResolvedSource, resolve_source
+from lego_core.hub import ResolvedSource, fetch_adapter, resolve_source
 from lego_core.merge import ALGORITHM_VERSION, MergeReport, ModuleReport, merge_adapters
 from lego_core.provenance import merge_provenance, read_provenance
 
@@ -43,6 +43,7 @@ __all__ = [
     "ResolvedSource",
     "check_shapes",
     "describe_adapter",
+    "fetch_adapter",
     "load_adapter",
     "merge_adapters",
     "merge_provenance",

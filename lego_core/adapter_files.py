@@ -293,9 +293,15 @@ def _memory_bytes() -> int | None:
 
 
 def _is_inside(path: Path, home: Path) -> bool:
-    """Whether a resolved path is in a resolved folder, or in the blobs of its hub cache."""
-    blobs = home.parent.parent / "blobs"
-    return path.is_relative_to(home) or (home.parent.name == "snapshots" and path.parent == blobs)
+    """Whether a resolved path is in a resolved folder, or in the blobs of its hub cache.
+
+    A cache has blobs for each repository, and since huggingface_hub 2 some for all of them.
+    """
+    if path.is_relative_to(home):
+        return True
+    snapshots, repository = home.parent, home.parent.parent
+    own, shared = repository / "blobs", repository.parent / "blobs"
+    return snapshots.name == "snapshots" and (path.parent == own or path.parent.parent == shared)
 
 
 def _unreadable(name: str, file: str, reason: str) -> AdapterFormatError:

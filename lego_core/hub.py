@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import huggingface_hub
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -17,10 +20,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils.tqdm import tqdm
 
 from lego_core.adapter_config import CONFIG_FILE
 from lego_core.adapter_files import (
     INDEX_FILE,
+    MAX_CONFIG_BYTES,
     MAX_HEADER_BYTES,
     PICKLE_FILE,
     PICKLE_HINT,
@@ -28,10 +33,12 @@ from lego_core.adapter_files import (
     parse_index,
     read_small,
 )
-from lego_core.errors import AdapterNotFoundError, HubError, LegoError
+from lego_core.errors import AdapterFormatError, AdapterNotFoundError, HubError, LegoError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40,64}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAX_SHARDS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +72,7 @@ def resolve_source(
     Raises:
         AdapterNotFoundError: no such repository, revision or file, or no access to it.
         AdapterFormatError: its index of shards is nonsense.
-        HubError: the hub could not be reached or did not deliver.
+        HubError: the hub could not be reached, did not deliver, or not what it said.
     """
     try:
         path = Path(source)
@@ -82,53 +89,195 @@ def resolve_source(
                 "where no such folder is"
             )
         return ResolvedSource(name, path, str(source))
-    name = name if name is not None else source
-    config = _download(source, CONFIG_FILE, revision, name)
+    return fetch_adapter(source, revision, name=name)
+
+
+def fetch_adapter(
+    repository: str,
+    revision: str | None = None,
+    *,
+    name: str | None = None,
+    max_bytes: int | None = None,
+) -> ResolvedSource:
+    """Bring an adapter's files from the hub into huggingface_hub's cache, unless they are there.
+
+    As `resolve_source`, but `repository` is never a folder. What the hub says of a file is checked
+    against the file: its SHA-256 where the hub gives one, as for all large files.
+
+    Args:
+        repository: `org/name`.
+        revision: branch, tag or commit; the default branch if None.
+        name: what messages call the adapter; the repository's name by default.
+        max_bytes: that all its files together may have, by the hub's word before a download, and
+            by count during it. What is in the cache already is not counted.
+
+    Raises:
+        AdapterNotFoundError: no such repository, revision or file, or no access to it.
+        AdapterFormatError: larger than it may be, or its index of shards is nonsense.
+        HubError: the hub could not be reached, did not deliver, or not what it said.
+    """
+    fetch = _Fetch(repository, name if name is not None else repository, max_bytes)
+    config = fetch.file(CONFIG_FILE, revision, MAX_CONFIG_BYTES)
     commit = config.parent.name
     if not _COMMIT.fullmatch(commit):
         raise HubError(
-            f"adapter {name!r}: the hub gave {commit[:80]!r} as the commit of {source!r}"
+            f"adapter {fetch.name!r}: the hub gave {commit[:80]!r} as the commit of {repository!r}"
         )
-    _download_weights(source, commit, config.parent, name)
-    return ResolvedSource(name, config.parent, source, commit)
+    _fetch_weights(fetch, commit, config.parent)
+    return ResolvedSource(fetch.name, config.parent, repository, commit)
 
 
-def _download_weights(repository: str, commit: str, folder: Path, name: str) -> None:
+def _fetch_weights(fetch: _Fetch, commit: str, folder: Path) -> None:
     """Bring the weights, one file or an index and its shards, to where the configuration is."""
     try:
-        _download(repository, WEIGHTS_FILE, commit, name)
+        fetch.file(WEIGHTS_FILE, commit)
     except LegoError as error:
         if not isinstance(error.__cause__, EntryNotFoundError):
             raise
         try:
-            _download(repository, INDEX_FILE, commit, name)
+            fetch.file(INDEX_FILE, commit, MAX_HEADER_BYTES)
         except LegoError as no_index:
             if not isinstance(no_index.__cause__, EntryNotFoundError):
                 raise
-            if _has_pickle(repository, commit):
+            if _has_pickle(fetch.repository, commit):
                 raise AdapterNotFoundError(
-                    f"adapter {name!r}: {repository!r} at {commit[:12]} has no {WEIGHTS_FILE}: "
-                    f"{PICKLE_HINT}"
+                    f"adapter {fetch.name!r}: {fetch.repository!r} at {commit[:12]} has no "
+                    f"{WEIGHTS_FILE}: {PICKLE_HINT}"
                 ) from None
             raise error from None
-        index = read_small(folder, INDEX_FILE, name, MAX_HEADER_BYTES)
-        for shard in sorted(set(parse_index(index, name).values())):
-            _download(repository, shard, commit, name)
+        index = read_small(folder, INDEX_FILE, fetch.name, MAX_HEADER_BYTES)
+        shards = sorted(set(parse_index(index, fetch.name).values()))
+        if len(shards) > _MAX_SHARDS:
+            raise AdapterFormatError(
+                f"adapter {fetch.name!r}: {INDEX_FILE} names {len(shards)} shards, over {_MAX_SHARDS}"
+            ) from None
+        fetch.expect(shards, commit)
+        for shard in shards:
+            fetch.file(shard, commit)
+
+
+class _Fetch:
+    """The download of one adapter's files, bounded in bytes where `max_bytes` says so."""
+
+    def __init__(self, repository: str, name: str, max_bytes: int | None) -> None:
+        self.repository = repository
+        self.name = name
+        self._max_bytes = max_bytes
+        self._spent = 0
+
+    def file(self, file: str, revision: str | None, limit: int | None = None) -> Path:
+        """Return a file's place in the cache; its folder is named by the commit.
+
+        Args:
+            file: its name.
+            revision: branch, tag or commit.
+            limit: bytes that a file of this kind may have.
+        """
+        with _told(self.repository, file, revision, self.name):
+            if self._max_bytes is None:
+                path = Path(hf_hub_download(self.repository, file, revision=revision))
+            else:
+                left = self._max_bytes - self._spent
+                path = self._bounded(file, revision, left if limit is None else min(left, limit))
+            self._verify(path)
+        return path
+
+    def expect(self, files: Sequence[str], commit: str) -> None:
+        """Refuse files that together are too large, before the first of them is downloaded."""
+        if self._max_bytes is None:
+            return
+        size = 0
+        for file in files:
+            with _told(self.repository, file, commit, self.name):
+                told = hf_hub_download(self.repository, file, revision=commit, dry_run=True)
+            size += 0 if told.is_cached else told.file_size or 0
+        self._check(f"the {len(files)} .safetensors", size, self._max_bytes - self._spent)
+
+    def _check(self, what: str, size: int, most: int) -> None:
+        if size > most:
+            raise AdapterFormatError(
+                f"adapter {self.name!r}: {what} of {self.repository!r} has {size} bytes or more; at "
+                f"most {most} are downloaded for it, and {self._max_bytes} for an adapter"
+            )
+
+    def _bounded(self, file: str, revision: str | None, most: int) -> Path:
+        def check(size: int) -> None:
+            self._check(file, size, most)
+
+        told = hf_hub_download(self.repository, file, revision=revision, dry_run=True)
+        if not told.is_cached:
+            check(told.file_size or 0)
+        path = Path(
+            hf_hub_download(self.repository, file, revision=revision, tqdm_class=_counting(check))
+        )
+        if not told.is_cached:
+            size = path.stat().st_size
+            self._spent += size
+            if size > most:  # what did not come by plain HTTP may not have been counted
+                _remove(path)
+                check(size)
+        return path
+
+    def _verify(self, path: Path) -> None:
+        """Compare a file with its digest, which the cache's link leads to: `blobs/<SHA-256>`.
+
+        A file that was there before is compared too: the process may have died between its
+        download and this. On a volume without links nothing is known of the digest.
+        """
+        digest = path.readlink().name if path.is_symlink() else ""
+        if not _SHA256.fullmatch(digest):  # small files have git's SHA-1, or what a mirror likes
+            return
+        with path.open("rb") as content:
+            found = hashlib.file_digest(content, "sha256").hexdigest()
+        if found != digest:
+            _remove(path)
+            raise HubError(
+                f"adapter {self.name!r}: {path.name} of {self.repository!r} has the SHA-256 "
+                f"{found[:12]}, but the hub says {digest[:12]}; it was removed, try again"
+            )
+
+
+def _counting(check: Callable[[int], None]) -> type[tqdm]:
+    """Return a progress bar that shows nothing and checks the bytes that have come so far.
+
+    It is what huggingface_hub tells of every block before it writes it.
+    """
+
+    class Counting(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **(kwargs | {"disable": True}))  # type: ignore[no-untyped-call]
+            self.come = 0
+
+        def update(self, n: float | None = 1) -> None:
+            self.come += int(n or 0)
+            check(self.come)
+
+    return Counting
+
+
+def _remove(path: Path) -> None:
+    """Remove a file from the cache: the link, and the blob that it leads to."""
+    blob = path.parent / path.readlink() if path.is_symlink() else path
+    path.unlink(missing_ok=True)
+    blob.unlink(missing_ok=True)
 
 
 def _has_pickle(repository: str, commit: str) -> bool:
     """Ask the hub, for the message's sake only."""
     try:
-        return huggingface_hub.HfApi().file_exists(repository, PICKLE_FILE, revision=commit)
+        return HfApi().file_exists(repository, PICKLE_FILE, revision=commit)
     except Exception:  # noqa: BLE001  # whatever it is, the weights are missing
         return False
 
 
-def _download(repository: str, file: str, revision: str | None, name: str) -> Path:
-    """Return a file's place in the cache; its folder is named by the commit."""
+@contextmanager
+def _told(repository: str, file: str, revision: str | None, name: str) -> Iterator[None]:
+    """Say in our errors what huggingface_hub says in its many."""
     at = f"{repository!r}" if revision is None else f"{repository!r} at {revision!r}"
     try:
-        return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
+        yield
+    except LegoError:  # the bound of a download that is under way
+        raise
     except GatedRepoError as error:
         raise AdapterNotFoundError(
             f"adapter {name!r}: {at} is gated; accept its terms on the hub and set HF_TOKEN to a "
@@ -136,8 +285,8 @@ def _download(repository: str, file: str, revision: str | None, name: str) -> Pa
         ) from error
     except RepositoryNotFoundError as error:
         raise AdapterNotFoundError(
-            f"adapter {name!r}: there is neither a folder {repository!r} here nor a repository of "
-            "that name on the hub that you may read; for a private one, set HF_TOKEN"
+            f"adapter {name!r}: the hub has no repository {repository!r} that you may read (nor is "
+            "there a folder of that name); for a private one, set HF_TOKEN"
         ) from error
     except RevisionNotFoundError as error:
         raise AdapterNotFoundError(

@@ -8,7 +8,8 @@ What each patch needs is in `compatibility.py`, and is looked for before anythin
 | `LoRAModelManager.activate_adapter` (one instance) | for each pair of matrices of a layer it launches four small copies, some 900 for an 8B model, while all streams wait | for merges, what the layers write is noted and written at once; which layer takes what is decided by vLLM | vLLM copies in batches |
 | `WorkerBase.lego_stage`, `.lego_discard`, `.lego_kept` | a worker has no way to start work off the loop | three methods more, called through `collective_rpc` | vLLM has a registry of worker methods |
 | `torch_ops.bgmv_shrink` and `.bgmv_expand`, on the CPU platform only | in a batch with LoRA requests they give requests of the base model the adapter of the last slot | what they add is zero for tokens without an adapter, as with the GPU kernels | vLLM pull request 48421 or its like is in the oldest version supported |
-| `OpenAIServingModels.show_available_models` (one instance) | `/v1/models` would list every merge ever served | filters them out of the list | adapters can be served without being listed |
+| `OpenAIServingModels.show_available_models` (one instance) | `/v1/models` would list every merge ever served, and nothing that vLLM does not serve itself | filters the first out of the list and adds the second | adapters can be served without being listed |
+| `OpenAIServingModels.lora_requests` (one instance), with a policy file only | vLLM serves every adapter to everybody | a dictionary in which a caller finds what the policy lets it name | vLLM asks somebody who may use an adapter |
 | `PrometheusStatLogger.gauge_lora_info` (one instance) | its labels list the adapters running at once, so that each combination of merges makes a series for ever | to it all merges are one, `lego` | it has bounded labels |
 | `AsyncLLM.shutdown` (one instance) | it drains what the engine has; requests that wait here for a merge or a slot would be lost | waits for them first, within the time that `--shutdown-timeout` gives | endpoint plugins are told of a shutdown |
 | `app.router.middleware_stack` (one instance) | `--middleware` runs before the API-key check | wrapped by our ASGI class, inside vLLM's own middleware | endpoint plugins can add middleware |
@@ -21,7 +22,7 @@ import os
 import time
 import uuid
 from argparse import Namespace
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 
 from lego_core import IncompatibleAdaptersError, LoraAdapter
+from vllm_lego.access import Visible
 from vllm_lego.compatibility import check_needs
 from vllm_lego.errors import ShuttingDownError
 from vllm_lego.identity import MERGE_ID, is_engine_id
@@ -260,8 +262,13 @@ def _member_check(manager: Any, vllm_config: Any) -> Callable[[LoraAdapter], Non
 class _NativeAdapters(Mapping[str, str]):
     """The folder by name of every adapter that vLLM itself serves: a view, merges left out."""
 
-    def __init__(self, lora_requests: Mapping[str, Any]) -> None:
-        self._lora_requests = lora_requests
+    def __init__(self, models: Any) -> None:
+        self._models = models
+
+    @property
+    def _lora_requests(self) -> Mapping[str, Any]:
+        requests: Mapping[str, Any] = self._models.lora_requests
+        return requests
 
     def __getitem__(self, name: str) -> str:
         path = self._lora_requests[name].lora_path
@@ -295,7 +302,11 @@ class Engine:
         self._client = client
         self._models = state.openai_serving_models
         check_needs("EngineClient", client=client)
-        check_needs("OpenAIServingModels.show_available_models", models=self._models)
+        check_needs(
+            "OpenAIServingModels.show_available_models",
+            "OpenAIServingModels.lora_requests",
+            models=self._models,
+        )
         self._holder = uuid.uuid4().hex
         lora_config = state.vllm_config.lora_config
         parallel = state.vllm_config.parallel_config
@@ -305,8 +316,8 @@ class Engine:
         self.max_rank: int = lora_config.max_lora_rank
         self.dtype: str = str(lora_config.lora_dtype).removeprefix("torch.")
         self.base_model: str = self._models.base_model_paths[0].name
-        self.adapters: Mapping[str, str] = _NativeAdapters(self._models.lora_requests)
-        _hide_merges(self._models)
+        self.adapters: Mapping[str, str] = _NativeAdapters(self._models)
+        self._list_models()
         _bound_the_labels(client)
 
     def is_base_model(self, name: str) -> bool:
@@ -316,6 +327,37 @@ class Engine:
     def is_served(self, name: str) -> bool:
         """Whether vLLM answers to this model name now."""
         return self.is_base_model(name) or name in self._models.lora_requests
+
+    def hide(self, may_see: Callable[[str | Recipe], bool]) -> None:
+        """Let callers find those adapters and merges alone that they may name."""
+
+        def is_visible(request: Any) -> bool:
+            if request.lora_path.startswith(SCHEME):
+                return may_see(Recipe.decode(request.lora_path))
+            return may_see(request.lora_name)
+
+        self._models.lora_requests = Visible(self._models.lora_requests, is_visible)
+
+    def list_too(self, names: Callable[[], Awaitable[Iterable[str]]]) -> None:
+        """Add adapters that vLLM does not serve itself to its list of models."""
+        self._listed_too = names
+
+    def _list_models(self) -> None:
+        stock = self._models.show_available_models
+
+        async def show_available_models() -> Any:
+            listed = await stock()
+            listed.data = [card for card in listed.data if not str(card.root).startswith(SCHEME)]
+            base = listed.data[0]
+            listed.data += [
+                type(base)(
+                    id=name, root=name, parent=base.id, permission=[type(base.permission[0])()]
+                )
+                for name in await self._listed_too()
+            ]
+            return listed
+
+        self._models.show_available_models = show_available_models
 
     def in_flight(self) -> set[str]:
         """Return the names of all adapters and merges that vLLM has requests of now.
@@ -398,17 +440,6 @@ def _shutdown_told() -> Iterator[None]:
         if "Server shutting down" not in str(error):  # vLLM raises a plain Exception
             raise
         raise ShuttingDownError from error
-
-
-def _hide_merges(models: Any) -> None:
-    stock = models.show_available_models
-
-    async def show_available_models() -> Any:
-        listed = await stock()
-        listed.data = [card for card in listed.data if not str(card.root).startswith(SCHEME)]
-        return listed
-
-    models.show_available_models = show_available_models
 
 
 class _MergesAsOne:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cachetools import LRUCache
 
 from lego_core import AdapterConfig, LegoError, describe_adapter
-from lego_core.adapter_io import CONFIG_FILE
+from vllm_lego.access import Access
 from vllm_lego.adapter_set import shown
 from vllm_lego.errors import UnknownAdapterError, UnmergeableError
+from vllm_lego.settings import Settings, variable_name
+from vllm_lego.sources import AdapterFolder, HubAdapters, HubAllowList, is_read
+
+logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
 
 _REMEMBERED = 4096
 
@@ -32,36 +37,120 @@ class CatalogEntry:
     digest: str
     nbytes: int
 
+    @property
+    def max_rank(self) -> int:
+        """The highest rank that its configuration gives a module."""
+        return max(self.config.rank, *self.config.rank_pattern.values(), 0)
+
 
 class Catalog:
-    """The adapters that the operator named, and nothing else.
+    """The adapters that the operator named or allowed, and nothing else.
 
     Args:
-        served: the folder by name of every adapter that may be named now; it may change.
+        served: the folder by name of every adapter that vLLM serves itself; it may change.
+        folder: the operator's folder of adapters, if there is one.
+        hub: the hub's adapters, if some are allowed.
+        access: what the caller may name.
+        is_base_model: whether a name is the base model's, which no adapter can have.
     """
 
-    def __init__(self, served: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        served: Mapping[str, str],
+        folder: AdapterFolder | None = None,
+        hub: HubAdapters | None = None,
+        *,
+        access: Access | None = None,
+        is_base_model: Callable[[str], bool] = lambda _: False,
+    ) -> None:
         self._served = served
+        self._folder = folder
+        self._hub = hub
+        self._access = access or Access()
+        self._is_base_model = is_base_model
+        self._told: set[str] = set()
         self._known: LRUCache[_Key, CatalogEntry] = LRUCache(_REMEMBERED)
         self._reading: dict[_Key, asyncio.Task[CatalogEntry]] = {}
 
+    @classmethod
+    def of(
+        cls,
+        settings: Settings,
+        served: Mapping[str, str],
+        access: Access,
+        is_base_model: Callable[[str], bool],
+    ) -> Catalog:
+        """Build the catalog that the settings ask for.
+
+        Raises:
+            SettingsError: one of them makes no sense.
+        """
+        folder = AdapterFolder(Path(settings.adapter_dir)) if settings.adapter_dir else None
+        allowed = HubAllowList.parse(settings.hub_allow or "")
+        hub = HubAdapters(allowed, settings.hub_max_bytes) if settings.hub_allow else None
+        return cls(served, folder, hub, access=access, is_base_model=is_base_model)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there can be adapters that vLLM does not serve itself."""
+        return self._folder is not None or self._hub is not None
+
     def __contains__(self, name: object) -> bool:
+        """Whether the caller may name it, as of the last `refresh`."""
+        if not isinstance(name, str):
+            return False
+        there = name in self._served or self._in_folder(name) is not None or self._is_on_hub(name)
+        return there and self._access.may_name(name)
+
+    def is_native(self, name: str) -> bool:
+        """Whether vLLM serves it itself."""
         return name in self._served
 
     def names(self) -> list[str]:
-        """Return the names that a request may use."""
-        return sorted(self._served)
+        """Return the names that the caller may use and whose files are here, sorted."""
+        fetched = self._hub.here() if self._hub else ()
+        here = {*self._served, *self.folder_names(), *fetched}
+        return sorted(filter(self._access.may_name, here))
 
-    def check_names(self, names: Iterable[str], *, param: str) -> list[str]:
-        """Return the names if each may be used.
+    def folder_names(self) -> list[str]:
+        """Return those of `names` that are the folder's, sorted."""
+        adapters = self._folder.adapters if self._folder else ()
+        return sorted(name for name in adapters if self._in_folder(name) and name in self)
+
+    async def names_to_list(self) -> list[str]:
+        """Return the names that vLLM's list of models lacks, as of now, sorted."""
+        await self.refresh()
+        return self.folder_names()
+
+    def names_to_fetch(self) -> list[str]:
+        """Return the names that the operator allowed whose files are not here yet, sorted.
+
+        What a pattern allows cannot be listed.
+        """
+        if self._hub is None:
+            return []
+        absent = set(self._hub.allowed.names()) - self._hub.here().keys()
+        return sorted(filter(self._access.may_name, absent))
+
+    async def refresh(self) -> None:
+        """See which adapters there are now."""
+        if self._folder is not None:
+            await self._folder.refresh()
+
+    async def check_names(self, names: Iterable[str], *, param: str) -> list[str]:
+        """Return the names if the caller may use each of them, and all of them together.
 
         Raises:
-            UnknownAdapterError: nobody named one of them here.
+            UnknownAdapterError: nobody named or allowed one of them here.
+            ForbiddenError: the policy keeps them apart.
         """
         names = list(names)
+        if not all(name in self._served for name in names):
+            await self.refresh()
         for name in names:
-            if name not in self._served:
+            if name not in self:
                 raise UnknownAdapterError(f"adapter {shown(name)} is not served here", param=param)
+        self._access.check(names, param=param)
         return names
 
     async def look_up(self, names: Iterable[str], *, param: str) -> list[CatalogEntry]:
@@ -72,10 +161,13 @@ class Catalog:
             param: the field of the request that names them.
 
         Raises:
-            UnknownAdapterError: nobody named one of them here.
+            UnknownAdapterError, ForbiddenError: as `check_names`, or the hub does not have it.
             UnmergeableError: files are missing or not a mergeable adapter.
+            BusyError: an adapter did not come from the hub.
         """
-        paths = {name: self._served[name] for name in self.check_names(names, param=param)}
+        names = await self.check_names(names, param=param)
+        places = await asyncio.gather(*(self._place(name, param) for name in names))
+        paths = dict(zip(names, places, strict=True))
         stamps = await asyncio.to_thread(lambda: [_stamp(path) for path in paths.values()])
         try:
             return [
@@ -84,6 +176,32 @@ class Catalog:
             ]
         except LegoError as error:
             raise UnmergeableError(str(error), param=param) from error
+
+    def _in_folder(self, name: str) -> str | None:
+        """Return where in the folder an adapter is, unless its name is taken."""
+        path = self._folder.adapters.get(name) if self._folder else None
+        if path is None or (name not in self._served and not self._is_base_model(name)):
+            return path
+        if name not in self._told:
+            self._told.add(name)
+            logger.warning(
+                "%s: %r is the base model's name or one of --lora-modules, which wins; rename the "
+                "folder",
+                variable_name("adapter_dir"),
+                name,
+            )
+        return None
+
+    def _is_on_hub(self, name: str) -> bool:
+        return self._hub is not None and self._hub.allows(name) and not self._is_base_model(name)
+
+    async def _place(self, name: str, param: str) -> str:
+        path = self._served.get(name) or self._in_folder(name)
+        if path is not None:
+            return path
+        if self._hub is None:
+            raise UnknownAdapterError(f"adapter {shown(name)} is not served here", param=param)
+        return await self._hub.folder(name, param=param)
 
     async def _read(self, key: _Key) -> CatalogEntry:
         """Read an adapter's files, once for all who ask meanwhile."""
@@ -104,17 +222,13 @@ def _stamp(path: str) -> _Stamp | None:
     """Return what changes whenever the files do, shards and their index too; None if there are none."""
     try:
         with os.scandir(path) as files:
-            stats = {file.name: file.stat() for file in files if _is_read(file.name)}
+            stats = {file.name: file.stat() for file in files if is_read(file.name)}
     except OSError:
         return None
     return tuple(
         (name, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         for name, stat in sorted(stats.items())
     )
-
-
-def _is_read(file: str) -> bool:
-    return file == CONFIG_FILE or ".safetensors" in file
 
 
 def _describe(name: str, path: str) -> CatalogEntry:

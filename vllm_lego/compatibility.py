@@ -32,10 +32,10 @@ NEEDS: dict[str, tuple[str, ...]] = {
     ),
     "OpenAIServingModels.show_available_models": (
         "models:show_available_models",
-        "models:lora_requests",
         "models:is_base_model",
         "models:base_model_paths",
     ),
+    "OpenAIServingModels.lora_requests": ("models:lora_requests",),
     # Not there with --disable-log-stats; its labels do no harm to answers.
     "PrometheusStatLogger.gauge_lora_info": (),
     "AsyncLLM.shutdown": ("client:shutdown",),

@@ -3,6 +3,7 @@
 ServingError
 ├── BadRequestError       400  the request's fields make no sense
 ├── UnauthorizedError     401  no or wrong API key
+├── ForbiddenError        403  adapters that the policy keeps apart
 ├── UnknownAdapterError   404  an adapter that is not served here
 ├── BodyTooLargeError     413  the body is over the limit
 ├── UnmergeableError      422  adapters that cannot be merged or served together
@@ -11,7 +12,8 @@ ServingError
 ├── BusyError             503  try again later: the queue is full
 │   ├── MemberChangedError     a member's files changed since the request came
 │   ├── NoMemoryError          the workers have too little memory for the merge now
-│   └── ShuttingDownError      the engine drains and takes no more merges
+│   ├── ShuttingDownError      the engine drains and takes no more merges
+│   └── HubFailedError         an adapter did not come from the hub
 └── MergeTimeoutError     504  the merge took longer than the limit
 """
 
@@ -57,6 +59,12 @@ class UnauthorizedError(ServingError):
     def body(self) -> dict[str, Any]:
         """Return what vLLM itself answers, so that nothing tells the two apart."""
         return {"error": "Unauthorized"}
+
+
+class ForbiddenError(ServingError):
+    """Adapters that may each be named, but not be combined, by the server's policy."""
+
+    status, reason, kind = 403, "forbidden", "PermissionDeniedError"
 
 
 class UnknownAdapterError(ServingError):
@@ -118,6 +126,12 @@ class ShuttingDownError(BusyError):
             "the server is shutting down and takes no new sets; try again, on another replica if "
             "there is one"
         )
+
+
+class HubFailedError(BusyError):
+    """The hub did not deliver an adapter, or not what it said it would."""
+
+    reason = "hub"
 
 
 class MergeTimeoutError(ServingError):

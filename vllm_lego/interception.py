@@ -102,7 +102,7 @@ class Interception:
         self, scope: Scope, body: bytes
     ) -> tuple[dict[str, Any], AbstractAsyncContextManager[Serving | None]] | None:
         """Return the parsed request and how to serve it, or None when it names no set."""
-        if not _may_hold_a_set(body):
+        if not _may_hold_a_set(body) and not self._may_name_another(body):
             return None
         try:
             request = json.loads(body)
@@ -135,14 +135,27 @@ class Interception:
         if MERGE_ID.fullmatch(model):
             _refuse_background(request)
             return request, self._authorised_service(scope).serving_known(model)
-        if MODEL_SEPARATOR not in model or self.service.is_served(model):
+        if self.service.is_served(model):
             return None
+        if MODEL_SEPARATOR not in model or model in self.service.catalog:
+            if not self.service.catalog.has_more:
+                return None
+            _refuse_background(request)
+            return request, self._authorised_service(scope).serving_model(model)
         service = self._authorised_service(scope)
         wanted = parse_model_name(
             model, request.get("merge"), max_adapters=service.settings.max_adapters
         )
         _refuse_background(request)
         return request, service.serving(wanted, param="model")
+
+    def _may_name_another(self, body: bytes) -> bool:
+        """Whether a body may name a model that vLLM does not know and the catalog may."""
+        service = self.service
+        if service is None or not service.catalog.has_more:
+            return False
+        named = (name.decode(errors="replace") for name in _MODEL.findall(body))
+        return not all(map(service.is_served, named))
 
     def _turn(self, body: bytes) -> AbstractAsyncContextManager[None]:
         """Return what a request without a set waits for: a slot, if it names one of vLLM's adapters."""

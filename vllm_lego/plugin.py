@@ -37,15 +37,17 @@ class LegoEndpoints:
     def attach_router(self, app: Any) -> None:
         """Add the management routes and put the interception around all routes."""
         from vllm_lego._vllm import wrap_router  # noqa: PLC0415
+        from vllm_lego.access import Callers  # noqa: PLC0415
         from vllm_lego.interception import Interception  # noqa: PLC0415
         from vllm_lego.routes import router  # noqa: PLC0415
 
         app.include_router(router)
         app.state.lego = None
 
-        def wrap(routes: Any) -> Interception:
+        def wrap(routes: Any) -> Callers:
             self._interception = Interception(routes)
-            return self._interception
+            self._callers = Callers(self._interception)
+            return self._callers
 
         with _ending_in_a_sentence():
             wrap_router(app, wrap)
@@ -57,17 +59,23 @@ class LegoEndpoints:
             SystemExit: it cannot work; says why in one sentence.
         """
         from vllm_lego._vllm import Engine, api_keys, has_lora  # noqa: PLC0415
+        from vllm_lego.access import Access  # noqa: PLC0415
         from vllm_lego.metrics import Metrics  # noqa: PLC0415
+        from vllm_lego.policy import read_policy  # noqa: PLC0415
         from vllm_lego.service import LegoService  # noqa: PLC0415
         from vllm_lego.settings import Settings  # noqa: PLC0415
 
         with _ending_in_a_sentence():
             settings = Settings.from_environment(os.environ)
+            keys = api_keys(args)
+            access = Access(read_policy(settings), keys)
             if engine_client is not None and has_lora(state):
                 engine = Engine(engine_client, state)
-                state.lego = LegoService(engine, settings, Metrics())
+                state.lego = LegoService(engine, settings, Metrics(), access)
                 engine.before_shutdown(state.lego.drain)
-            self._interception.start(state.lego, settings.max_body_bytes, api_keys(args))
+            if access.is_restricted:
+                self._callers.access = access
+            self._interception.start(state.lego, settings.max_body_bytes, keys)
 
 
 @contextmanager

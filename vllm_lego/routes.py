@@ -22,7 +22,10 @@ async def list_adapters(request: Request) -> JSONResponse:
     service = _service(request)
     if isinstance(service, JSONResponse):
         return service
-    return _listing([await _describe(service, name) for name in service.catalog.names()])
+    await service.catalog.refresh()
+    here = [await _describe(service, name) for name in service.catalog.names()]
+    absent = service.catalog.names_to_fetch()
+    return _listing(here + [{"name": n, "object": "adapter", "downloaded": False} for n in absent])
 
 
 @router.get(OWN_PREFIX + "/merged")

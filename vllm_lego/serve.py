@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from vllm_lego.compatibility import UnsupportedVllmError, check_version, installed_vllm
 from vllm_lego.plugin import NAME
+from vllm_lego.policy import read_policy
 from vllm_lego.settings import (
     Settings,
     SettingsError,
@@ -176,6 +177,7 @@ def _choose(
         ServeError, SettingsError: what the user asks for cannot be, as a whole or in itself.
     """
     settings = Settings.from_environment(environment)
+    read_policy(settings)
     if settings.store_dir is None and environment.get(variable_name("store_bytes"), "").strip():
         raise ServeError(
             "--store-bytes limits a store that is not there; name its folder with --store-dir, "
@@ -196,7 +198,8 @@ def _choose(
     if flags.max_lora_rank is not None:
         _check_ranks(known, flags.max_lora_rank)
     elif known:
-        least = _DEFAULT_RANK if None in ranks.values() else 1
+        unknown = None in ranks.values() or settings.hub_allow is not None
+        least = _DEFAULT_RANK if unknown else 1
         chosen.append(f"--max-lora-rank={_accepted(known, least)}")
     if flags.max_loras is None:
         chosen.append(f"--max-loras={min(_SLOTS, _number(flags.max_cpu_loras) or _SLOTS)}")

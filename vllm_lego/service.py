@@ -16,11 +16,13 @@ from typing import Any, Literal, NoReturn
 
 from cachetools import LRUCache
 
-from lego_core import LegoError, MergeConfig
+from lego_core import MergeConfig
 from vllm_lego._vllm import Engine
+from vllm_lego.access import Access
 from vllm_lego.adapter_set import AdapterSet
 from vllm_lego.cache import CachedMerge, CacheFullError, MergedAdapterCache
 from vllm_lego.catalog import Catalog, CatalogEntry
+from vllm_lego.configurations import Configurations
 from vllm_lego.errors import (
     BadRequestError,
     BusyError,
@@ -37,7 +39,7 @@ from vllm_lego.errors import (
 from vllm_lego.identity import engine_id, merge_id
 from vllm_lego.metrics import Metrics
 from vllm_lego.recipe import Member, Recipe
-from vllm_lego.settings import Settings, SettingsError
+from vllm_lego.settings import Settings
 from vllm_lego.slots import Slots
 from vllm_lego.staging import Stager
 from vllm_lego.store import MergeStore
@@ -66,9 +68,19 @@ class Serving:
 class LegoService:
     """One per API server, on its event loop."""
 
-    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        metrics: Metrics,
+        access: Access | None = None,
+    ) -> None:
         self.settings = settings
-        self.catalog = Catalog(engine.adapters)
+        self.access = access or Access()
+        if self.access.is_restricted:
+            engine.hide(self.access.may_see)  # before anybody looks for an adapter
+        self.catalog = Catalog.of(settings, engine.adapters, self.access, engine.is_base_model)
+        engine.list_too(self.catalog.names_to_list)
         # The workers keep the union of what the API servers keep, and the engine runs it.
         self.cache = MergedAdapterCache(
             settings.device_cache_bytes // engine.api_servers, engine.in_flight
@@ -97,7 +109,7 @@ class LegoService:
         self._closing = False
         # Merges that left the device: another tier may have them, their members make them again.
         self._left: LRUCache[str, CachedMerge] = LRUCache(_REMEMBERED)
-        self._defaults = _default_config(settings, engine.max_rank)
+        self._configs = Configurations(settings, engine.max_rank)
 
     @asynccontextmanager
     async def serving(self, wanted: AdapterSet, *, param: str) -> AsyncIterator[Serving]:
@@ -110,25 +122,39 @@ class LegoService:
         Raises:
             ServingError: it cannot be served; nothing else changed.
         """
-        if wanted.is_single:  # vLLM serves it as it is, mergeable or not
-            (name,) = self.catalog.check_names(wanted.weights, param=param)
-            async with self.serving_native(name):
+        name, *_ = wanted.weights
+        if wanted.is_single and self.catalog.is_native(name):
+            async with self.serving_native(name):  # vLLM serves it as it is, mergeable or not
                 yield Serving(name)
             return
-        config = self._config(wanted)
+        config = None if wanted.is_single else self._configs.of_set(wanted)
         entries = await self._look_up(wanted, param)
+        config = config or self._configs.of_one(entries[0], param=param)
         members = tuple(
             Member(entry.name, entry.path, entry.digest, wanted.weights[entry.name])
             for entry in entries
         )
-        async with self._serving_recipe(self._recipe(members, config)) as serving:
+        recipe = self._recipe(members, config)
+        self.access.grant(recipe.merge_id)
+        async with self._serving_recipe(recipe) as serving:
+            yield serving
+
+    @asynccontextmanager
+    async def serving_model(self, name: str) -> AsyncIterator[Serving | None]:
+        """As `serving`, for a model name that vLLM does not know. None when nobody here does."""
+        async with self._in_time(1):
+            await self.catalog.refresh()
+        if name not in self.catalog:
+            yield None
+            return
+        async with self.serving(AdapterSet({name: 1.0}), param="model") as serving:
             yield serving
 
     @asynccontextmanager
     async def serving_known(self, identity: str) -> AsyncIterator[Serving | None]:
         """As `serving`, for a merge id that a client sends back. None when it is not known."""
         recipe = await self._known(identity)
-        if recipe is None:
+        if recipe is None or not self.access.may_use(recipe):
             yield None
             return
         async with AsyncExitStack() as stack:
@@ -168,7 +194,10 @@ class LegoService:
                 self._all_served.set()
 
     async def merges(self) -> list[tuple[str, CachedMerge]]:
-        """Return every merge that needs no merging, after the fastest tier that has it."""
+        """Return every merge that needs no merging, after the fastest tier that has it.
+
+        Those that the caller may not see are left out.
+        """
         device = self.cache.snapshot()
         found = [("device", merge) for merge in device.values()]
         listed = set(device)
@@ -181,7 +210,11 @@ class LegoService:
             for recipe, nbytes, fidelity in stored:
                 if recipe.merge_id not in listed:
                     found.append(("disk", self._remembered(recipe, nbytes, fidelity)))
-        return found
+        return [
+            (tier, merge)
+            for tier, merge in found
+            if self.access.may_see(Recipe.decode(merge.recipe))
+        ]
 
     @asynccontextmanager
     async def _serving_recipe(self, recipe: Recipe) -> AsyncIterator[Serving]:
@@ -217,28 +250,20 @@ class LegoService:
         return left or CachedMerge(recipe.encode(), nbytes, fidelity)
 
     async def _look_up(self, wanted: AdapterSet, param: str) -> list[CatalogEntry]:
+        async with self._in_time(len(wanted.weights)):
+            return await self.catalog.look_up(wanted.weights, param=param)
+
+    @asynccontextmanager
+    async def _in_time(self, adapters: int) -> AsyncIterator[None]:
+        """Bound the reading, and downloading, of adapters."""
         limit = self.settings.merge_timeout_s
         try:
             async with asyncio.timeout(limit):
-                return await self.catalog.look_up(wanted.weights, param=param)
+                yield
         except TimeoutError as error:
             raise MergeTimeoutError(
-                f"reading {len(wanted.weights)} adapters took longer than {limit:g} s; "
-                "try again later"
+                f"reading {adapters} adapters took longer than {limit:g} s; try again later"
             ) from error
-
-    def _config(self, wanted: AdapterSet) -> MergeConfig:
-        try:
-            config = MergeConfig.from_mapping(wanted.merge, self._defaults)
-        except LegoError as error:
-            raise BadRequestError(f"`merge`: {error}", param=f"merge.{error.param}") from error
-        if config.rank > self._engine.max_rank:
-            raise BadRequestError(
-                f"`merge`: rank is {config.rank}; this server takes at most {self._engine.max_rank} "
-                "(its --max-lora-rank)",
-                param="merge.rank",
-            )
-        return config
 
     def _recipe(self, members: tuple[Member, ...], config: MergeConfig) -> Recipe:
         identity = merge_id(
@@ -380,20 +405,6 @@ def _store(settings: Settings, metrics: Metrics) -> MergeStore | None:
         settings.store_bytes,
         lambda _, why: metrics.errors.labels(why).inc(),
     )
-
-
-def _default_config(settings: Settings, max_rank: int) -> MergeConfig:
-    try:
-        config = MergeConfig.from_mapping(
-            {"method": settings.method, "rank": settings.rank or max_rank}
-        )
-    except LegoError as error:
-        raise SettingsError(f"VLLM_LEGO_{(error.param or '').upper()}: {error}") from error
-    if config.rank > max_rank:
-        raise SettingsError(
-            f"VLLM_LEGO_RANK is {config.rank}, but the engine takes at most --max-lora-rank {max_rank}"
-        )
-    return config
 
 
 def _agreed(recipe: Recipe, statuses: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -51,6 +51,43 @@ class Settings:
             "kind": str,
         },
     )
+    hub_allow: str | None = field(
+        default=None,
+        metadata={
+            "help": "hub repositories whose adapters can be named, separated by commas or spaces: "
+            "org/name (its branches and tags, too), org/name@revision (that one only) or org/*. By "
+            "default none, and nothing is downloaded",
+            "kind": str,
+        },
+    )
+    hub_max_bytes: int = _setting(
+        1 << 30,
+        "bytes that the files of one adapter from the hub may have together",
+        low=1,
+        kind=size,
+    )
+    policy_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "TOML file of rules: which adapters may be combined, and which API key may name "
+            "which. By default everybody may combine all that can be named",
+            "kind": str,
+        },
+    )
+    methods: str = field(
+        default="lego lego-paper concat svd linear core_space",
+        metadata={
+            "help": "merging methods that requests may ask for, separated by commas or spaces. "
+            "ties, dare_ties and knots, which build every update as a whole matrix, are left out: a "
+            "large model's server has better uses for its device",
+            "kind": str,
+        },
+    )
+    max_restarts: int = _setting(
+        16,
+        "restarts of the clustering that a request may ask for, of methods that have them",
+        low=1,
+    )
     method: str = field(
         default="lego",
         metadata={"help": "merging method of requests that name none", "kind": str},

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import threading
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import pytest
 import torch
 from huggingface_hub import constants
-from safetensors.torch import save
 
 from lego_core import (
     AdapterFormatError,
@@ -24,139 +16,13 @@ from lego_core import (
     HubError,
     LegoError,
     describe_adapter,
+    fetch_adapter,
     load_adapter,
     resolve_source,
 )
 from lego_core.adapter_config import CONFIG_FILE
 from lego_core.adapter_files import INDEX_FILE, PICKLE_FILE, WEIGHTS_FILE
-from tests import strategies
-
-REPO = "org/sql"
-OLD, NEW = "a" * 40, "b" * 40
-CONFIG = json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]})
-
-
-def weights(seed: int = 0, layer: int = 0) -> dict[str, torch.Tensor]:
-    module = strategies.module(seed, 2, dtype=torch.float32)
-    prefix = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
-    return {f"{prefix}.lora_A.weight": module.lora_a, f"{prefix}.lora_B.weight": module.lora_b}
-
-
-def plain(seed: int = 0) -> dict[str, bytes]:
-    return {CONFIG_FILE: CONFIG.encode(), WEIGHTS_FILE: save(weights(seed))}
-
-
-def sharded(**changes: Any) -> dict[str, bytes]:
-    """An adapter of two shards; `changes` go into the index."""
-    shards = {f"adapter_model-0000{i}-of-00002.safetensors": weights(i, i) for i in (1, 2)}
-    index = {key: shard for shard, tensors in shards.items() for key in tensors}
-    content = {"weight_map": {k: v for k, v in (index | changes).items() if v}}
-    return {
-        CONFIG_FILE: CONFIG.encode(),
-        INDEX_FILE: json.dumps(content).encode(),
-        **{shard: save(tensors) for shard, tensors in shards.items()},
-    }
-
-
-@dataclass
-class Hub:
-    """What the server has, and how it misbehaves."""
-
-    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    branches: dict[str, str] = field(default_factory=dict)
-    status: int = 200
-    error_code: str = ""
-    lie: int = 0
-    asked: list[str] = field(default_factory=list)
-    url: str = ""
-
-    def push(self, commit: str, files: dict[str, bytes], branch: str = "main") -> None:
-        self.commits[commit] = files
-        self.branches[branch] = commit
-
-
-class _Handler(BaseHTTPRequestHandler):
-    hub: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    def _send(self, status: int, headers: dict[str, str], body: bytes = b"", lie: int = 0) -> None:
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body) + lie))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def _answer(self) -> None:
-        hub, path = self.hub, unquote(self.path)
-        if path.startswith("/cdn/"):  # where large files are redirected to
-            _, _, commit, file = path.split("/", 3)
-            self._send(200, {}, hub.commits[commit][file])
-            return
-        hub.asked.append(path)
-        if hub.status != 200:
-            self._send(hub.status, {"X-Error-Code": hub.error_code} if hub.error_code else {})
-            return
-        repo, _, rest = path.removeprefix("/").partition("/resolve/")
-        revision, _, file = rest.partition("/")
-        commit = hub.branches.get(revision, revision)
-        if repo == "org/moved":  # a renamed repository: a relative redirect, followed by hand
-            self._send(307, {"Location": f"/{REPO}/resolve/{rest}"})
-        elif repo != REPO:
-            self._send(404, {"X-Error-Code": "RepoNotFound"})
-        elif commit not in hub.commits:
-            self._send(404, {"X-Error-Code": "RevisionNotFound"})
-        elif file not in hub.commits[commit]:
-            self._send(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
-        else:
-            content = hub.commits[commit][file]
-            etag = f'"{hashlib.sha256(content).hexdigest()}"'
-            headers = {"X-Repo-Commit": commit, "ETag": etag}
-            if file.endswith(".safetensors"):
-                size = str(len(content) + hub.lie)
-                headers |= {"X-Linked-Size": size, "X-Linked-ETag": etag}
-                cdn = hub.url.replace("127.0.0.1", "localhost")  # another host, as the hub's is
-                headers |= {"Location": f"{cdn}/cdn/{commit}/{file}"}
-                self._send(302, headers)
-            else:
-                self._send(200, headers, content)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    found = Hub()
-    handler = type("Handler", (_Handler,), {"hub": found})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(
-        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
-    )
-    thread.start()
-    found.url = f"http://127.0.0.1:{server.server_port}"
-    # What HF_ENDPOINT and HF_HUB_CACHE become when huggingface_hub is imported.
-    for name, value in {
-        "ENDPOINT": found.url,
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_HUB_OFFLINE": False,
-    }.items():
-        monkeypatch.setattr(constants, name, value)
-    template = found.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(time, "sleep", lambda _: None)
-    monkeypatch.chdir(tmp_path)
-    yield found
-    server.shutdown()
-    thread.join()
-    server.server_close()
+from tests.hub_server import CONFIG, NEW, OLD, REPO, Hub, plain, sharded, weights
 
 
 def refusal(error: type[LegoError], source: str = REPO, revision: str | None = None) -> str:
@@ -315,3 +181,105 @@ def test_a_hub_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_commit_that_is_none(hub: Hub) -> None:
     hub.push("main-as-ever", plain())
     assert "main-as-ever" in refusal(HubError)
+
+
+LIMIT = sum(map(len, plain().values()))
+
+
+def cached_bytes(tmp_path: Path) -> int:
+    """Bytes of all blobs, whole or not, in the cache."""
+    return sum(blob.stat().st_size for blob in (tmp_path / "cache").glob("*/blobs/*"))
+
+
+def too_large(max_bytes: int) -> str:
+    with pytest.raises(AdapterFormatError) as caught:
+        fetch_adapter(REPO, max_bytes=max_bytes)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("files", [plain, sharded])
+def test_an_adapter_within_the_limit_comes_whole(hub: Hub, files: Any) -> None:
+    hub.push(OLD, files())
+    limit = sum(map(len, files().values()))
+    found = fetch_adapter(REPO, max_bytes=limit)
+    assert (found.source, found.revision) == (REPO, OLD)
+    assert load_adapter(found.folder).digest == load_adapter(REPO).digest
+    assert fetch_adapter(REPO, max_bytes=1) == found  # it is here: nothing is downloaded
+
+
+@pytest.mark.parametrize("files", [plain, sharded])
+def test_an_adapter_over_the_limit_is_refused_before_it_comes(hub: Hub, files: Any) -> None:
+    hub.push(OLD, files())
+    message = too_large(sum(map(len, files().values())) - 1)
+    assert ".safetensors" in message
+    assert hub.sent == 0
+
+
+def test_a_configuration_over_its_limit_is_refused(hub: Hub) -> None:
+    hub.push(OLD, plain() | {CONFIG_FILE: b" " * ((1 << 20) + 1)})
+    assert CONFIG_FILE in too_large(1 << 30)
+
+
+def test_a_hub_that_sends_more_than_it_said_is_cut_off(hub: Hub, tmp_path: Path) -> None:
+    hub.push(OLD, plain())
+    hub.surplus = 256 << 20
+    assert WEIGHTS_FILE in too_large(LIMIT)
+    assert hub.sent < 64 << 20  # blocks of 10 MiB, and what buffers hold
+    assert cached_bytes(tmp_path) < LIMIT
+
+
+def test_a_hub_that_says_less_than_it_sends_is_refused(hub: Hub, tmp_path: Path) -> None:
+    hub.push(OLD, plain())
+    hub.lie = -len(plain()[WEIGHTS_FILE]) + 1
+    with pytest.raises(HubError, match=WEIGHTS_FILE):
+        fetch_adapter(REPO, max_bytes=LIMIT)
+    assert cached_bytes(tmp_path) < LIMIT
+
+
+def test_a_hub_that_lies_about_digests_is_refused_again_and_again(hub: Hub) -> None:
+    hub.push(OLD, plain())
+    hub.false_digests = True
+    for _ in range(2):
+        assert "SHA-256" in refusal(HubError)
+    hub.false_digests = False
+    assert load_adapter(REPO).revision == OLD
+
+
+def test_a_damaged_file_of_the_cache_is_noticed_and_fetched_again(hub: Hub) -> None:
+    """The process may have died between a download and the look at its digest."""
+    hub.push(OLD, plain())
+    found = fetch_adapter(REPO)
+    (found.folder / WEIGHTS_FILE).write_bytes(b"other")
+    assert "removed" in refusal(HubError)
+    assert load_adapter(REPO).revision == OLD
+
+
+def test_a_repository_is_never_a_folder(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / REPO).mkdir(parents=True)
+    hub.push(OLD, plain())
+    assert fetch_adapter(REPO).revision == OLD
+
+
+def test_too_many_shards(hub: Hub) -> None:
+    names = {f"x{i}": f"{i}.safetensors" for i in range(300)}
+    hub.push(
+        OLD, {CONFIG_FILE: CONFIG.encode(), INDEX_FILE: json.dumps({"weight_map": names}).encode()}
+    )
+    assert "300 shards" in too_large(1 << 30)
+    assert not any(path.endswith("/0.safetensors") for path in hub.asked)
+
+
+def test_blobs_that_repositories_share_are_read(hub: Hub, tmp_path: Path) -> None:
+    """As huggingface_hub lays out what comes by Xet: a blob is a link into the cache's own."""
+    hub.push(OLD, plain())
+    folder = fetch_adapter(REPO).folder
+    blob = folder / (folder / WEIGHTS_FILE).readlink()
+    shared = tmp_path / "cache" / "blobs" / "ab" / ("ab" * 32)
+    shared.parent.mkdir(parents=True)
+    blob.rename(shared)
+    blob.symlink_to(Path("../../blobs/ab") / shared.name)
+    assert load_adapter(REPO).revision == OLD
+    outside = tmp_path / "outside"
+    shared.rename(outside)
+    shared.symlink_to(outside)
+    assert "leads out" in refusal(AdapterFormatError)

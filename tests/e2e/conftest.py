@@ -51,6 +51,7 @@ def server(model: Path, replaceable: Path) -> Iterator[ServerProcess]:
         f"--device-cache-bytes={CACHE_BYTES}",
         f"--max-body-bytes={BODY_BYTES >> 20}MiB",
         f"--max-queued-merges={QUEUED_MERGES}",
+        "--max-restarts=64",  # slow merges, for tests of waiting
     ]
     environment = server_environment() | {"VLLM_API_KEY": KEY}
     with ServerProcess(arguments, environment, progress=print, command=LEGO_SERVE) as process:

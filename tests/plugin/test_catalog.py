@@ -84,7 +84,7 @@ def test_a_file_that_took_the_place_of_shards_is_noticed(tmp_path):
 def test_what_could_be_a_hub_repository_is_a_folder_all_the_same(tmp_path, monkeypatch):
     """The plugin fetches nothing, whatever the operator's path looks like."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **k: pytest.fail("fetched"))
+    monkeypatch.setattr("lego_core.hub.hf_hub_download", lambda *a, **k: pytest.fail("fetched"))
     with pytest.raises(UnmergeableError, match=r"adapter 'a' has no adapter_config\.json"):
         looked_up(Catalog({"a": "org/name"}), "a")
 
