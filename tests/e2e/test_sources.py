@@ -66,7 +66,7 @@ def hub(made: dict[str, Path]) -> Iterator[Hub]:
     ]
     found.push(OLD, files[0])
     found.push(NEW, files[1], branch="v2")
-    found.push(BIG, files[0] | {"adapter_model.safetensors": bytes(MAX_BYTES)}, branch="big")
+    found.push(BIG, files[0] | {"adapter_model.safetensors": bytes(MAX_BYTES + 1)}, branch="big")
     with serving(found):
         yield found
 
