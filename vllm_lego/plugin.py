@@ -24,10 +24,11 @@ class LegoEndpoints:
         """Add the management routes and put the interception around all routes."""
         from vllm_lego._vllm import wrap_router  # noqa: PLC0415
         from vllm_lego.interception import Interception  # noqa: PLC0415
-        from vllm_lego.routes import router  # noqa: PLC0415
+        from vllm_lego.openapi import extend_openapi  # noqa: PLC0415
+        from vllm_lego.routes import attach  # noqa: PLC0415
 
-        app.include_router(router)
-        app.state.lego = None
+        attach(app)
+        extend_openapi(app)
 
         def wrap(routes: Any) -> Interception:
             self._interception = Interception(routes)
