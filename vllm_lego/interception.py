@@ -174,6 +174,9 @@ class Interception:
         body = with_model(rest, serving.model)
         headers = [(k, v) for k, v in scope["headers"] if k.lower() not in _OF_THE_OLD_BODY]
         headers.append((b"content-length", str(len(body)).encode()))
+        if scope["path"].endswith(_INVOCATIONS):
+            headers = [(k, v) for k, v in headers if k.lower() != _SAGEMAKERS_ADAPTER]
+            headers.append((_SAGEMAKERS_ADAPTER, serving.model.encode()))
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start" and serving.result is not None:
@@ -188,6 +191,8 @@ class Interception:
 
 
 _OF_THE_OLD_BODY = (b"content-length", b"transfer-encoding", b"content-encoding")
+# SageMaker's route takes the model from this header and overwrites the body's.
+_INVOCATIONS, _SAGEMAKERS_ADAPTER = "/invocations", b"x-amzn-sagemaker-adapter-identifier"
 
 
 def _is_json_post(scope: Scope) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -44,9 +45,9 @@ def attach(app: FastAPI) -> None:
     app.add_exception_handler(ServingError, _refused)
 
 
-def _responses(errors: dict[int, str]) -> dict[int | str, dict[str, Any]]:
-    described = {code: {"description": why, "model": Error} for code, why in errors.items()}
-    return {401: {"description": "no or wrong API key"}, **described}
+def _responses(errors: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
+    answers: dict[int | str, dict[str, Any]] = {401: {"description": "no or wrong API key"}}
+    return answers | {code: {"description": why, "model": Error} for code, why in errors.items()}
 
 
 @router.get(OWN_PREFIX, response_model_exclude_none=True, responses=_responses(_ERRORS))

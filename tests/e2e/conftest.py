@@ -50,7 +50,10 @@ def server(model: Path, replaceable: Path) -> Iterator[ServerProcess]:
         f"--max-body-bytes={BODY_BYTES}",
         f"--max-queued-merges={QUEUED_MERGES}",
     ]
-    environment = server_environment() | {"VLLM_API_KEY": KEY}
+    environment = server_environment() | {
+        "VLLM_API_KEY": KEY,
+        "VLLM_ENABLE_RESPONSES_API_STORE": "1",
+    }
     with ServerProcess(arguments, environment, progress=print, command=LEGO_SERVE) as process:
         yield process
         assert process.is_alive(), process.log_tail()
