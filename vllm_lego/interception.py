@@ -26,6 +26,7 @@ from vllm_lego.identity import MERGE_ID
 from vllm_lego.request_body import (
     ever_names_a_set,
     may_hold_a_set,
+    models_at,
     models_named,
     parse,
     refuse_repeated,
@@ -76,9 +77,10 @@ class Interception:
             body = await read_body(scope, receive, self.max_body_bytes)
             if body is None:  # the client has left
                 return
-            asked = None if _is_own(scope) else self._find_set(scope, body)
+            models = models_at(body)
+            asked = None if _is_own(scope) else self._find_set(scope, body, models)
             if asked is None:
-                async with self._turn(body):
+                async with self._turn(body, models):
                     await self.app(scope, replay(body, receive), send)
             else:
                 await self._serve(scope, receive, send, body, asked)
@@ -88,9 +90,9 @@ class Interception:
                 self.service.metrics.count_error(error.reason, named_a_set=named_a_set)
             await refusal(error)(scope, receive, send)
 
-    def _find_set(self, scope: Scope, body: bytes) -> _Asked | None:
+    def _find_set(self, scope: Scope, body: bytes, models: list[int]) -> _Asked | None:
         """Return what a request asks for, or None when it names no set."""
-        request = parse(body) if may_hold_a_set(body) else None
+        request = parse(body) if may_hold_a_set(body, models) else None
         if request is None:
             return None
         if not ever_names_a_set(request):
@@ -127,12 +129,12 @@ class Interception:
         )
         return _asked(request, service.serving(wanted, param="model"))
 
-    def _turn(self, body: bytes) -> AbstractAsyncContextManager[None]:
+    def _turn(self, body: bytes, models: list[int]) -> AbstractAsyncContextManager[None]:
         """Return what a request without a set waits for: a slot, if it names one of vLLM's adapters."""
         service = self.service
         if service is None:
             return nullcontext()
-        named = set(models_named(body))
+        named = models_named(body, models)
         if not any(name in service.catalog for name in named):
             return nullcontext()
         # A lone name is not worth parsing for: were it not the request's own `model` but something

@@ -23,6 +23,7 @@ def _escaped(word: str) -> str:
 
 _ADAPTERS_KEY = b'"adapters"'
 _MODEL_KEY = b'"model"'
+_ESCAPE = b"\\u00"
 _ESCAPED_LETTERS = (b"\\u006", b"\\u007")  # all that the two keys consist of
 _ESCAPED_ADAPTERS = re.compile(rf'"{_escaped("adapters")}"'.encode(), re.IGNORECASE)
 _ESCAPED_MODEL = re.compile(rf'"{_escaped("model")}"\s*:'.encode(), re.IGNORECASE)
@@ -31,28 +32,37 @@ _NAMES_A_SET = re.compile(rb'\s*:\s*"(?:lego-|[^"]*[+\\])')
 _NAME = re.compile(rb'\s*:\s*"([^"\\]*)"')
 
 
-def may_hold_a_set(body: bytes) -> bool:
-    """Whether a body is worth parsing: cheap, and never wrong in the other direction."""
+def models_at(body: bytes) -> list[int]:
+    """Return where each key `"model"` ends, at the top or further down.
+
+    `bytes.find` is several times as quick as a pattern, and large bodies are mostly text.
+    """
+    found, at = [], body.find(_MODEL_KEY)
+    while at >= 0:
+        found.append(at + len(_MODEL_KEY))
+        at = body.find(_MODEL_KEY, found[-1])
+    return found
+
+
+def may_hold_a_set(body: bytes, models: Iterable[int]) -> bool:
+    """Whether a body is worth parsing: cheap, and never wrong in the other direction.
+
+    Args:
+        body: of the request.
+        models: see `models_at`.
+    """
     if _ADAPTERS_KEY in body or json.detect_encoding(body) not in ("utf-8", "utf-8-sig"):
         return True
-    if any(_NAMES_A_SET.match(body, end) for end in _ends(_MODEL_KEY, body)):
+    if any(_NAMES_A_SET.match(body, at) for at in models):
         return True
-    escaped = any(letters in body for letters in _ESCAPED_LETTERS)
+    escaped = _ESCAPE in body and any(letters in body for letters in _ESCAPED_LETTERS)
     return escaped and bool(_ESCAPED_ADAPTERS.search(body) or _ESCAPED_MODEL.search(body))
 
 
-def models_named(body: bytes) -> list[str]:
+def models_named(body: bytes, models: Iterable[int]) -> set[str]:
     """Return every plain string that some `model` in the body has, at the top or further down."""
-    names = (_NAME.match(body, end) for end in _ends(_MODEL_KEY, body))
-    return [name[1].decode(errors="replace") for name in names if name]
-
-
-def _ends(word: bytes, body: bytes) -> Iterable[int]:
-    """Return where each occurrence of `word` ends; `bytes.find` is far quicker than a pattern."""
-    at = body.find(word)
-    while at >= 0:
-        yield at + len(word)
-        at = body.find(word, at + len(word))
+    names = (_NAME.match(body, at) for at in models)
+    return {name[1].decode(errors="replace") for name in names if name}
 
 
 class _Ambiguous(dict[str, Any]):
