@@ -160,11 +160,8 @@ class LegoService:
         """
         if wanted.is_single:
             (name,) = self.catalog.check_names(wanted.weights, param="adapters")
-            raise BadRequestError(
-                f"adapter {name!r} alone, with weight 1, is served as it is; there is nothing to "
-                "merge",
-                param="adapters",
-            )
+            why = f"adapter {name!r} alone, with weight 1, is served as it is: nothing to merge"
+            raise BadRequestError(why, param="adapters")
         recipe = await self._recipe_of(wanted, "adapters")
         with self.cache.pinned(recipe.merge_id):
             ready = recipe.merge_id in self.cache and recipe.merge_id not in self._merging
@@ -191,9 +188,10 @@ class LegoService:
                 param="id",
             )
         # Without a pause until the workers are told: whoever asks for it again is heard after this.
-        self._left.pop(identity, None)
-        if self.cache.pop(identity, None) is not None:
+        gone = self.cache.pop(identity, None)
+        if gone is not None:
             self._engine.unpublish(identity)
+            self._left[identity] = gone  # until it is gone from everywhere
             self._show_cache()
         try:
             async with asyncio.timeout(self.settings.merge_timeout_s):
@@ -208,6 +206,7 @@ class LegoService:
             raise MergeTimeoutError(
                 f"{identity} is still being written to the store; try again later", param="id"
             ) from error
+        self._left.pop(identity, None)
         return held
 
     async def merges(self) -> list[tuple[str, CachedMerge]]:
