@@ -49,6 +49,7 @@ def server(model: Path, replaceable: Path) -> Iterator[ServerProcess]:
         f"--device-cache-bytes={CACHE_BYTES}",
         f"--max-body-bytes={BODY_BYTES}",
         f"--max-queued-merges={QUEUED_MERGES}",
+        *("--enable-auto-tool-choice", "--tool-call-parser=hermes"),
     ]
     environment = server_environment() | {
         "VLLM_API_KEY": KEY,
