@@ -169,6 +169,6 @@ def _shown(value: object) -> str:
     """Return a value as a message quotes it, not longer than it helps."""
     try:
         text = repr(value)
-    except ValueError:  # an integer of more digits than Python prints
+    except (ValueError, RecursionError):  # an integer of too many digits, or a deep list
         text = f"{type(value).__name__} too long to show"
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"

@@ -6,7 +6,7 @@ What each patch needs is in `compatibility.py`, and is looked for before anythin
 | --- | --- | --- | --- |
 | `lora_model_runner_mixin.LRUCacheWorkerLoRAManager` | vLLM loads an adapter from a path, on the engine's loop | a subclass whose `_load_adapter` takes finished tensors for a `lego://` path; everything else is vLLM's | LoRARequest can carry tensors |
 | `LoRAModelManager.activate_adapter` (one instance) | for each pair of matrices of a layer it launches four small copies, some 900 for an 8B model, while all streams wait | for merges, what the layers write is noted and written at once; which layer takes what is decided by vLLM | vLLM copies in batches |
-| `WorkerBase.lego_stage`, `.lego_discard`, `.lego_kept` | a worker has no way to start work off the loop | three methods more, called through `collective_rpc` | vLLM has a registry of worker methods |
+| `WorkerBase.lego_stage`, `.lego_discard`, `.lego_kept`, `.lego_forget` | a worker has no way to start work off the loop | four methods more, called through `collective_rpc` | vLLM has a registry of worker methods |
 | `torch_ops.bgmv_shrink` and `.bgmv_expand`, on the CPU platform only | in a batch with LoRA requests they give requests of the base model the adapter of the last slot | what they add is zero for tokens without an adapter, as with the GPU kernels | vLLM pull request 48421 or its like is in the oldest version supported |
 | `OpenAIServingModels.show_available_models` (one instance) | `/v1/models` would list every merge ever served, and nothing that vLLM does not serve itself | filters the first out of the list and adds the second | adapters can be served without being listed |
 | `OpenAIServingModels.lora_requests` (one instance), with a policy file only | vLLM serves every adapter to everybody | a dictionary in which a caller finds what the policy lets it name | vLLM asks somebody who may use an adapter |
@@ -95,6 +95,14 @@ def install_worker_patches() -> None:
     LegoWorkerLoRAManager.lego_staging = None  # type: ignore[assignment]
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = LegoWorkerLoRAManager
 
+    _add_methods(worker_base.WorkerBase)
+    if current_platform.is_cpu():
+        _keep_the_base_model_apart()
+
+
+def _add_methods(worker: Any) -> None:
+    """Let the front end call a worker's staging area."""
+
     def lego_stage(self: Any, recipes: list[str], holder: str) -> dict[str, Any]:
         return _staging(self).stage(map(Recipe.decode, recipes), holder)
 
@@ -102,17 +110,19 @@ def install_worker_patches() -> None:
         kept = _staging(self).tiers.in_host_memory()
         return [(merge.recipe.encode(), merge.packed.nbytes, merge.fidelity) for merge in kept]
 
+    def lego_forget(self: Any, merge_id: str) -> bool | None:
+        return _staging(self).forget(merge_id)
+
     def lego_discard(self: Any, merge_id: str, engine_id: int, holder: str) -> bool:
         gone = _staging(self).discard(merge_id, holder)
         if gone:
             self.model_runner.lora_manager.remove_adapter(engine_id)
         return gone
 
-    worker_base.WorkerBase.lego_stage = lego_stage
-    worker_base.WorkerBase.lego_kept = lego_kept
-    worker_base.WorkerBase.lego_discard = lego_discard
-    if current_platform.is_cpu():
-        _keep_the_base_model_apart()
+    worker.lego_stage = lego_stage
+    worker.lego_kept = lego_kept
+    worker.lego_forget = lego_forget
+    worker.lego_discard = lego_discard
 
 
 def _keep_the_base_model_apart() -> None:
@@ -307,6 +317,7 @@ class Engine:
             "OpenAIServingModels.lora_requests",
             models=self._models,
         )
+        self._responses = getattr(state, "openai_serving_responses", None)
         self._holder = uuid.uuid4().hex
         lora_config = state.vllm_config.lora_config
         parallel = state.vllm_config.parallel_config
@@ -379,6 +390,16 @@ class Engine:
     async def discard(self, merge_id: str, engine_id: int) -> None:
         """Let go of a merge on every worker, and free its slot if nobody holds it."""
         await self._rpc("lego_discard", merge_id, engine_id, self._holder)
+
+    async def forget(self, merge_id: str) -> bool | None:
+        """Drop a merge from every worker's host memory; see `StagingArea.forget`."""
+        held = await self._rpc("lego_forget", merge_id)
+        return None if None in held else any(held)
+
+    def background_task(self, response_id: str) -> asyncio.Task[None] | None:
+        """Return the task of a response that goes on after its HTTP request, if it is under way."""
+        tasks: dict[str, asyncio.Task[None]] = getattr(self._responses, "background_tasks", {})
+        return tasks.get(response_id)
 
     async def register(self, recipe: Recipe, engine_id: int) -> None:
         """Copy a staged merge into a slot of every worker and serve it under its id."""

@@ -53,9 +53,8 @@ def parse_adapters(adapters: object, merge: object, *, max_adapters: int) -> Ada
             f"{_json_type(adapters)}",
             param="adapters",
         )
-    return _checked(
-        [_entry(entry, i) for i, entry in enumerate(adapters)], merge, max_adapters, "adapters"
-    )
+    _refuse_too_many(len(adapters), max_adapters, "adapters")
+    return _checked([_entry(entry, i) for i, entry in enumerate(adapters)], merge, "adapters")
 
 
 def parse_model_name(model: str, merge: object, *, max_adapters: int) -> AdapterSet:
@@ -65,22 +64,25 @@ def parse_model_name(model: str, merge: object, *, max_adapters: int) -> Adapter
         BadRequestError: as `parse_adapters`.
     """
     names = model.split(MODEL_SEPARATOR)
+    _refuse_too_many(len(names), max_adapters, "model")
     if not all(names):
         raise BadRequestError(
             f"`model` {shown(model)} has an empty adapter name around {MODEL_SEPARATOR!r}",
             param="model",
         )
-    return _checked([(name, 1.0) for name in names], merge, max_adapters, "model")
+    return _checked([(name, 1.0) for name in names], merge, "model")
 
 
-def _checked(
-    entries: list[tuple[str, float]], merge: object, max_adapters: int, param: str
-) -> AdapterSet:
-    if len(entries) > max_adapters:
+def _refuse_too_many(count: int, max_adapters: int, param: str) -> None:
+    """Refuse a list before anybody looks into it, however long it is."""
+    if count > max_adapters:
         raise BadRequestError(
-            f"{len(entries)} adapters; this server merges at most {max_adapters} in one request",
+            f"{count} adapters; this server merges at most {max_adapters} in one request",
             param=param,
         )
+
+
+def _checked(entries: list[tuple[str, float]], merge: object, param: str) -> AdapterSet:
     weights: dict[str, float] = {}
     for name, weight in sorted(entries):
         if name in weights:
@@ -133,7 +135,10 @@ def _weight(weight: object, param: str) -> float:
 
 def shown(value: object) -> str:
     """Return a client's value as a message shows it: quoted, and not longer than it helps."""
-    text = repr(value)
+    try:
+        text = repr(value[: _SHOWN + 1] if isinstance(value, str) else value)
+    except RecursionError:
+        text = f"{_json_type(value)} nested too deeply to show"
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 

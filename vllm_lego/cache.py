@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cachetools
 
@@ -25,12 +25,14 @@ class CachedMerge:
         nbytes: size of its tensors on one worker, in bytes.
         fidelity: cosine to the exact weighted sum.
         hits: requests served from it since it was merged.
+        seconds: what it took to bring it to the device, by phase.
     """
 
     recipe: str
     nbytes: int
     fidelity: float
     hits: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class CacheFullError(Exception):
@@ -65,6 +67,10 @@ class MergedAdapterCache(cachetools.LRUCache[str, CachedMerge]):
             self._pins[merge_id] -= 1
             if not self._pins[merge_id]:
                 del self._pins[merge_id]
+
+    def in_use(self, merge_id: str) -> bool:
+        """Whether a merge is pinned or in flight."""
+        return merge_id in self._pins or merge_id in self._in_flight()
 
     def snapshot(self) -> dict[str, CachedMerge]:
         """Return what it holds. Looking is not using: `items()` would reorder the LRU."""

@@ -5,6 +5,7 @@ ServingError
 ├── UnauthorizedError     401  no or wrong API key
 ├── ForbiddenError        403  adapters that the policy keeps apart
 ├── UnknownAdapterError   404  an adapter that is not served here
+├── InUseError            409  a merge cannot be dropped while requests use it
 ├── BodyTooLargeError     413  the body is over the limit
 ├── UnmergeableError      422  adapters that cannot be merged or served together
 ├── MergeFailedError      500  the server's own fault; its log says more
@@ -71,6 +72,12 @@ class UnknownAdapterError(ServingError):
     """An adapter that is not served here."""
 
     status, reason, kind = 404, "unknown_adapter", "NotFoundError"
+
+
+class InUseError(ServingError):
+    """A merge that requests in flight use cannot be dropped."""
+
+    status, reason, kind = 409, "in_use", "ConflictError"
 
 
 class BodyTooLargeError(ServingError):

@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
-import re
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+import uuid
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
-from vllm_lego.adapter_set import (
-    MODEL_SEPARATOR,
-    names_none,
-    parse_adapters,
-    parse_model_name,
-    shown,
-)
+from vllm_lego.adapter_set import MODEL_SEPARATOR, parse_adapters, parse_model_name, shown
+from vllm_lego.asgi import App, Message, Receive, Scope, Send, header, read_body, refusal, replay
 from vllm_lego.errors import (
     BadRequestError,
     BodyTooLargeError,
@@ -28,31 +23,34 @@ from vllm_lego.errors import (
     UnauthorizedError,
 )
 from vllm_lego.identity import MERGE_ID
+from vllm_lego.request_body import (
+    ever_names_a_set,
+    may_hold_a_set,
+    models_at,
+    models_named,
+    parse,
+    refuse_repeated,
+    with_model,
+    without_own_fields,
+)
 from vllm_lego.service import LegoService, Serving
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OWN_PREFIX = "/v1/adapters"
 
 
-def _escaped(word: str) -> str:
-    """A pattern for `word` in JSON, whose letters may each be written as an escape."""
-    return "".join(rf"(?:{c}|\\u00{ord(c):02x})" for c in word)
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request that names a set.
 
+    Attributes:
+        rest: its body as JSON, without `model` and the fields that vLLM does not know.
+        serving: makes the set servable; of a merge id that nobody knows it gives None.
+        background: id of the response that goes on after the HTTP request, if one does.
+    """
 
-# A set leaves one of these in a body. An escape in the model's name may hide anything.
-_ADAPTERS_KEY = b'"adapters"'
-_ESCAPED_KEY = re.compile(rf'"{_escaped("adapters")}"'.encode(), re.IGNORECASE)
-_SET_AS_MODEL = re.compile(
-    rf'"{_escaped("model")}"\s*:\s*"(?:lego-|[^"]*[+\\])'.encode(), re.IGNORECASE
-)
-
-
-_MODEL = re.compile(rb'"model"\s*:\s*"([^"\\]*)"')
+    rest: bytes
+    serving: AbstractAsyncContextManager[Serving | None]
+    background: str | None
 
 
 class Interception:
@@ -72,108 +70,97 @@ class Interception:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
-        if not self.max_body_bytes or not _may_name_a_set(scope):
+        if not self.max_body_bytes or not _is_json_post(scope):
             await self.app(scope, receive, send)
             return
         try:
-            body = await _read_body(scope, receive, self.max_body_bytes)
-        except BodyTooLargeError as error:
-            await self._refuse(error, send, named_a_set=False)
-            return
-        if body is None:  # the client has left
-            return
-        try:
-            found = self._find_set(scope, body)
+            body = await read_body(scope, receive, self.max_body_bytes)
+            if body is None:  # the client has left
+                return
+            models = models_at(body)
+            asked = None if _is_own(scope) else self._find_set(scope, body, models)
+            if asked is None:
+                async with self._turn(body, models):
+                    await self.app(scope, replay(body, receive), send)
+            else:
+                await self._serve(scope, receive, send, body, asked)
         except ServingError as error:
-            await self._refuse(error, send)
-            return
-        if found is None:
-            async with self._turn(body):
-                await self.app(scope, _replay(body, receive), send)
-            return
-        request, context = found
-        try:
-            async with context as serving:
-                await self._forward(scope, receive, send, request, body, serving)
-        except ServingError as error:
-            await self._refuse(error, send)
+            if self.service is not None:
+                named_a_set = not isinstance(error, BodyTooLargeError)
+                self.service.metrics.count_error(error.reason, named_a_set=named_a_set)
+            await refusal(error)(scope, receive, send)
 
-    def _find_set(
-        self, scope: Scope, body: bytes
-    ) -> tuple[dict[str, Any], AbstractAsyncContextManager[Serving | None]] | None:
-        """Return the parsed request and how to serve it, or None when it names no set."""
-        if not _may_hold_a_set(body) and not self._may_name_another(body):
+    def _find_set(self, scope: Scope, body: bytes, models: list[int]) -> _Asked | None:
+        """Return what a request asks for, or None when it names no set."""
+        request = None
+        if may_hold_a_set(body, models) or self._may_name_another(body, models):
+            request = parse(body)
+        if request is None:
             return None
-        try:
-            request = json.loads(body)
-        except (ValueError, RecursionError):
-            return None  # vLLM says what is wrong with it
-        if not isinstance(request, dict):
-            return None
-        model, adapters = request.get("model"), request.get("adapters")
-        if names_none(adapters):
-            return self._set_as_model(scope, request, model)
+        if not ever_names_a_set(request):
+            return self._set_as_model(scope, request)
         service = self._authorised_service(scope)
+        refuse_repeated(request)
         wanted = parse_adapters(
-            adapters, request.get("merge"), max_adapters=service.settings.max_adapters
+            request["adapters"], request.get("merge"), max_adapters=service.settings.max_adapters
         )
+        model = request.get("model")
         if model is not None and not (isinstance(model, str) and service.is_base_model(model)):
             raise BadRequestError(
                 f"`model` is {shown(model)}; with `adapters` it must be the base model "
                 f"({service.base_model!r}) or absent",
                 param="model",
             )
-        _refuse_background(request)
-        return request, service.serving(wanted, param="adapters")
+        return _asked(request, service.serving(wanted, param="adapters"))
 
-    def _set_as_model(
-        self, scope: Scope, request: dict[str, Any], model: object
-    ) -> tuple[dict[str, Any], AbstractAsyncContextManager[Serving | None]] | None:
+    def _set_as_model(self, scope: Scope, request: dict[str, Any]) -> _Asked | None:
         """`"model": "a+b"`, for clients that cannot add a field, and merge ids sent back."""
+        model = request.get("model")
         if self.service is None or not isinstance(model, str):
             return None
         if MERGE_ID.fullmatch(model):
-            _refuse_background(request)
-            return request, self._authorised_service(scope).serving_known(model)
+            service = self._authorised_service(scope)
+            refuse_repeated(request)
+            return _asked(request, service.serving_known(model))
         if self.service.is_served(model):
             return None
         if MODEL_SEPARATOR not in model or model in self.service.catalog:
             if not self.service.catalog.has_more:
                 return None
-            _refuse_background(request)
-            return request, self._authorised_service(scope).serving_model(model)
+            service = self._authorised_service(scope)
+            refuse_repeated(request)
+            return _asked(request, service.serving_model(model))
         service = self._authorised_service(scope)
+        refuse_repeated(request)
         wanted = parse_model_name(
             model, request.get("merge"), max_adapters=service.settings.max_adapters
         )
-        _refuse_background(request)
-        return request, service.serving(wanted, param="model")
+        return _asked(request, service.serving(wanted, param="model"))
 
-    def _may_name_another(self, body: bytes) -> bool:
+    def _may_name_another(self, body: bytes, models: list[int]) -> bool:
         """Whether a body may name a model that vLLM does not know and the catalog may."""
         service = self.service
         if service is None or not service.catalog.has_more:
             return False
-        named = (name.decode(errors="replace") for name in _MODEL.findall(body))
-        return not all(map(service.is_served, named))
+        return not all(map(service.is_served, models_named(body, models)))
 
-    def _turn(self, body: bytes) -> AbstractAsyncContextManager[None]:
+    def _turn(self, body: bytes, models: list[int]) -> AbstractAsyncContextManager[None]:
         """Return what a request without a set waits for: a slot, if it names one of vLLM's adapters."""
-        named = [name.decode(errors="replace") for name in _MODEL.findall(body)]
-        if self.service is None or not any(name in self.service.catalog for name in named):
+        service = self.service
+        if service is None:
             return nullcontext()
-        try:
-            request = json.loads(body)
-        except (ValueError, RecursionError):
+        named = models_named(body, models)
+        if not any(name in service.catalog for name in named):
             return nullcontext()
-        model = request.get("model") if isinstance(request, dict) else None
-        return self.service.serving_native(model) if isinstance(model, str) else nullcontext()
+        # A lone name is not worth parsing for: were it not the request's own `model` but something
+        # further down, the request would take a turn that it does not need.
+        model = named.pop() if len(named) == 1 else (parse(body) or {}).get("model")
+        return service.serving_native(model) if isinstance(model, str) else nullcontext()
 
     def _authorised_service(self, scope: Scope) -> LegoService:
         """Check the key again: vLLM leaves some routes, `/tokenize` for one, open to anybody."""
         if self._key_digests:
-            header = next((v for k, v in scope["headers"] if k.lower() == b"authorization"), b"")
-            scheme, _, token = header.partition(b" ")
+            scheme, _, token = header(scope, b"authorization").partition(b" ")
             digest = hashlib.sha256(token).digest()
             known = [hmac.compare_digest(digest, key) for key in self._key_digests]
             if scheme.lower() != b"bearer" or not any(known):
@@ -185,22 +172,28 @@ class Interception:
             )
         return self.service
 
-    async def _forward(
-        self,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-        request: dict[str, Any],
-        body: bytes,
-        serving: Serving | None,
+    async def _serve(
+        self, scope: Scope, receive: Receive, send: Send, body: bytes, asked: _Asked
     ) -> None:
-        if serving is None:
-            await self.app(scope, _replay(body, receive), send)
-            return
-        request = {k: v for k, v in request.items() if k not in ("adapters", "merge")}
-        body = json.dumps(request | {"model": serving.model}).encode()
-        headers = [(k, v) for k, v in scope["headers"] if k.lower() != b"content-length"]
+        """Have the set merged and the request answered, and keep the merge as long as that takes."""
+        async with AsyncExitStack() as stack:
+            serving = await stack.enter_async_context(asked.serving)
+            if serving is None:
+                await self.app(scope, replay(body, receive), send)
+                return
+            await self._forward(scope, receive, send, asked.rest, serving)
+            if asked.background is not None and self.service is not None:
+                self.service.keep_for_background(asked.background, stack.pop_all())
+
+    async def _forward(
+        self, scope: Scope, receive: Receive, send: Send, rest: bytes, serving: Serving
+    ) -> None:
+        body = with_model(rest, serving.model)
+        headers = [(k, v) for k, v in scope["headers"] if k.lower() not in _OF_THE_OLD_BODY]
         headers.append((b"content-length", str(len(body)).encode()))
+        if scope["path"].endswith(_INVOCATIONS):
+            headers = [(k, v) for k, v in headers if k.lower() != _SAGEMAKERS_ADAPTER]
+            headers.append((_SAGEMAKERS_ADAPTER, serving.model.encode()))
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start" and serving.result is not None:
@@ -211,85 +204,34 @@ class Interception:
                 ]
             await send(message)
 
-        await self.app({**scope, "headers": headers}, _replay(body, receive), send_with_headers)
-
-    async def _refuse(self, error: ServingError, send: Send, *, named_a_set: bool = True) -> None:
-        if self.service is not None:
-            self.service.metrics.count_error(error.reason, named_a_set=named_a_set)
-        # Spaced as vLLM's own answers are: a stranger must not tell the two apart.
-        body = json.dumps(error.body(), separators=(",", ":")).encode()
-        headers = {
-            "content-type": "application/json",
-            "content-length": str(len(body)),
-            **error.headers,
-        }
-        await send(
-            {
-                "type": "http.response.start",
-                "status": error.status,
-                "headers": [(k.encode(), v.encode()) for k, v in headers.items()],
-            }
-        )
-        await send({"type": "http.response.body", "body": body})
+        await self.app({**scope, "headers": headers}, replay(body, receive), send_with_headers)
 
 
-def _may_name_a_set(scope: Scope) -> bool:
-    if scope["type"] != "http" or scope["method"] != "POST":
-        return False
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
-    if path.startswith(OWN_PREFIX):
-        return False
-    headers = {k.lower(): v for k, v in scope["headers"]}
-    plain = headers.get(b"content-encoding", b"identity") == b"identity"
-    return plain and b"json" in headers.get(b"content-type", b"json").lower()
+_OF_THE_OLD_BODY = (b"content-length", b"transfer-encoding", b"content-encoding")
+# SageMaker's route takes the model from this header and overwrites the body's.
+_INVOCATIONS, _SAGEMAKERS_ADAPTER = "/invocations", b"x-amzn-sagemaker-adapter-identifier"
 
 
-def _may_hold_a_set(body: bytes) -> bool:
-    """Whether a body is worth parsing: cheap, and never wrong in the other direction."""
-    return bool(
-        _ADAPTERS_KEY in body
-        or (b"\\u00" in body and _ESCAPED_KEY.search(body))
-        or _SET_AS_MODEL.search(body)
-        or json.detect_encoding(body) not in ("utf-8", "utf-8-sig")
+def _is_json_post(scope: Scope) -> bool:
+    """Whether vLLM would read this request's body as JSON. It ignores `content-encoding`."""
+    return (
+        scope["type"] == "http"
+        and scope["method"] == "POST"
+        and b"json" in (header(scope, b"content-type").lower() or b"json")
     )
 
 
-def _refuse_background(request: dict[str, Any]) -> None:
-    """A merge is kept while its request lasts; a background response outlives its request."""
+def _is_own(scope: Scope) -> bool:
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path.startswith(OWN_PREFIX)
+
+
+def _asked(request: dict[str, Any], serving: AbstractAsyncContextManager[Serving | None]) -> _Asked:
+    """Note what vLLM is to get, once the merge has a name; nothing is merged yet."""
+    background: object = None
     if request.get("background"):
-        raise BadRequestError("`background` is not supported with adapters", param="background")
-
-
-async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes | None:
-    """Read the whole body, or None when the client leaves meanwhile.
-
-    Raises:
-        BodyTooLargeError: as soon as it is known to be over the limit.
-    """
-    declared = next((v for k, v in scope["headers"] if k.lower() == b"content-length"), b"0")
-    size = int(declared) if declared.isdigit() else 0
-    body = bytearray()
-    more = True
-    while more and max(size, len(body)) <= limit:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    if max(size, len(body)) > limit:
-        raise BodyTooLargeError(f"the body is over the limit of {limit} bytes")
-    return bytes(body)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives the body once more, then whatever follows (a disconnect)."""
-    sent = False
-
-    async def replayed() -> Message:
-        nonlocal sent
-        if sent:
-            return await receive()
-        sent = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replayed
+        # vLLM takes the id of a response from its request. We must know it to see when it ends.
+        background = request.setdefault("request_id", f"resp_{uuid.uuid4().hex}")
+    if not isinstance(background, str):
+        background = None  # or vLLM says what is wrong with it
+    return _Asked(without_own_fields(request), serving, background)

@@ -39,10 +39,11 @@ class LegoEndpoints:
         from vllm_lego._vllm import wrap_router  # noqa: PLC0415
         from vllm_lego.access import Callers  # noqa: PLC0415
         from vllm_lego.interception import Interception  # noqa: PLC0415
-        from vllm_lego.routes import router  # noqa: PLC0415
+        from vllm_lego.openapi import extend_openapi  # noqa: PLC0415
+        from vllm_lego.routes import attach  # noqa: PLC0415
 
-        app.include_router(router)
-        app.state.lego = None
+        attach(app)
+        extend_openapi(app)
 
         def wrap(routes: Any) -> Callers:
             self._interception = Interception(routes)

@@ -8,33 +8,32 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from cachetools import LRUCache
 
 from lego_core import MergeConfig
 from vllm_lego._vllm import Engine
 from vllm_lego.access import Access
-from vllm_lego.adapter_set import AdapterSet
+from vllm_lego.adapter_set import AdapterSet, shown
 from vllm_lego.cache import CachedMerge, CacheFullError, MergedAdapterCache
 from vllm_lego.catalog import Catalog, CatalogEntry
 from vllm_lego.configurations import Configurations
 from vllm_lego.errors import (
     BadRequestError,
     BusyError,
+    InUseError,
     MemberChangedError,
     MergeFailedError,
     MergeTimeoutError,
-    NoMemoryError,
     ServingError,
     ShuttingDownError,
     UnknownAdapterError,
     UnmergeableError,
-    WorkersDisagreeError,
 )
 from vllm_lego.identity import engine_id, merge_id
 from vllm_lego.metrics import Metrics
@@ -43,6 +42,7 @@ from vllm_lego.settings import Settings
 from vllm_lego.slots import Slots
 from vllm_lego.staging import Stager
 from vllm_lego.store import MergeStore
+from vllm_lego.verdict import agreed
 
 logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
 
@@ -50,8 +50,6 @@ Result = Literal["hit", "miss", "coalesced"]
 
 _ROOM_POLL_S = 0.01
 _REMEMBERED = 4096
-_TIERS = ("host", "disk", "merge")  # fastest first
-_UNMERGEABLE = {"AdapterFormatError", "AdapterNotFoundError", "IncompatibleAdaptersError"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +91,15 @@ class LegoService:
                 engine.api_servers,
                 engine.slots,
             )
-        self.store = _store(settings, metrics)
+        self.store = (  # the front end reads and deletes, the workers write
+            MergeStore(
+                Path(settings.store_dir),
+                settings.store_bytes,
+                lambda _, reason: metrics.errors.labels(reason).inc(),
+            )
+            if settings.store_dir
+            else None
+        )
         self.metrics = metrics
         self._engine = engine
         self.base_model = engine.base_model
@@ -109,6 +115,7 @@ class LegoService:
         self._closing = False
         # Merges that left the device: another tier may have them, their members make them again.
         self._left: LRUCache[str, CachedMerge] = LRUCache(_REMEMBERED)
+        self._letting_go: set[asyncio.Task[None]] = set()
         self._configs = Configurations(settings, engine.max_rank)
 
     @asynccontextmanager
@@ -127,16 +134,7 @@ class LegoService:
             async with self.serving_native(name):  # vLLM serves it as it is, mergeable or not
                 yield Serving(name)
             return
-        config = None if wanted.is_single else self._configs.of_set(wanted)
-        entries = await self._look_up(wanted, param)
-        config = config or self._configs.of_one(entries[0], param=param)
-        members = tuple(
-            Member(entry.name, entry.path, entry.digest, wanted.weights[entry.name])
-            for entry in entries
-        )
-        recipe = self._recipe(members, config)
-        self.access.grant(recipe.merge_id)
-        async with self._serving_recipe(recipe) as serving:
+        async with self._serving_recipe(await self._recipe_of(wanted, param)) as serving:
             yield serving
 
     @asynccontextmanager
@@ -193,6 +191,81 @@ class LegoService:
             if not self._open_requests:
                 self._all_served.set()
 
+    def keep_for_background(self, response: str, held: AsyncExitStack) -> None:
+        """Keep what a request holds until its response, which goes on after it, has ended."""
+        task = self._engine.background_task(response)
+
+        def let_go(_: object = None) -> None:
+            letting_go = asyncio.create_task(held.aclose())
+            self._letting_go.add(letting_go)
+            letting_go.add_done_callback(self._letting_go.discard)
+
+        if task is not None:
+            task.add_done_callback(let_go)
+        else:  # refused, or over already
+            let_go()
+
+    async def prepare(self, wanted: AdapterSet) -> tuple[Result, CachedMerge, dict[str, float]]:
+        """Make a set's merge ready on the device ahead of requests.
+
+        Returns:
+            How it was come by, the merge, and the seconds by phase: none if it was ready.
+
+        Raises:
+            ServingError: as `serving`.
+        """
+        name, *_ = await self.catalog.check_names(wanted.weights, param="adapters")
+        if wanted.is_single and self.catalog.is_native(name):
+            why = f"adapter {name!r} alone, with weight 1, is served as it is: nothing to merge"
+            raise BadRequestError(why, param="adapters")
+        recipe = await self._recipe_of(wanted, "adapters")
+        if self._closing:
+            raise ShuttingDownError
+        with self._taken(), self.cache.pinned(recipe.merge_id):
+            ready = recipe.merge_id in self.cache and recipe.merge_id not in self._merging
+            result = await self._obtain(recipe)
+            self.metrics.requests.labels(result).inc()
+            merge = self.cache[recipe.merge_id]
+        return result, merge, {} if ready else merge.seconds
+
+    async def drop(self, identity: str) -> bool:
+        """Forget a merge: on the device, in host memory and in the store.
+
+        Returns:
+            Whether it stays on the device, because another API server of this engine serves it.
+
+        Raises:
+            ServingError: no tier has it, requests in flight use it, or the store keeps it.
+        """
+        if not await self._is_kept(identity):
+            raise UnknownAdapterError(f"merge {shown(identity)} is not kept here", param="id")
+        if identity in self._merging or self.cache.in_use(identity):
+            raise InUseError(
+                f"{identity} is in use by requests in flight; try again when they are done",
+                param="id",
+            )
+        # Without a pause until the workers are told: whoever asks for it again is heard after this.
+        gone = self.cache.pop(identity, None)
+        if gone is not None:
+            self._engine.unpublish(identity)
+            self._left[identity] = gone  # until it is gone from everywhere
+            self._show_cache()
+        try:
+            async with asyncio.timeout(self.settings.merge_timeout_s):
+                await self._engine.discard(identity, engine_id(identity))
+                while (held := await self._engine.forget(identity)) is None:  # noqa: ASYNC110
+                    await asyncio.sleep(_ROOM_POLL_S)  # the workers cannot call back
+                if self.store and not await asyncio.to_thread(self.store.delete, identity):
+                    raise MergeFailedError(
+                        f"{identity} could not be deleted from the store; the server's log says more"
+                    )
+        except TimeoutError as error:
+            raise MergeTimeoutError(
+                f"{identity} is still being written to the store; try again later", param="id"
+            ) from error
+        self._left.pop(identity, None)
+        return held
+
     async def merges(self) -> list[tuple[str, CachedMerge]]:
         """Return every merge that needs no merging, after the fastest tier that has it.
 
@@ -245,6 +318,15 @@ class LegoService:
             return None
         return recipe
 
+    async def _is_kept(self, identity: str) -> bool:
+        """Whether any tier has a merge, or it is being made, and the caller may see it."""
+        recipe = await self._known(identity)
+        if recipe is not None:
+            return self.access.may_see(recipe)
+        # Other API servers of this engine may have had it made.
+        kept = await self.merges()
+        return any(Recipe.decode(merge.recipe).merge_id == identity for _, merge in kept)
+
     def _remembered(self, recipe: Recipe, nbytes: int, fidelity: float) -> CachedMerge:
         left = self._left.get(recipe.merge_id)
         return left or CachedMerge(recipe.encode(), nbytes, fidelity)
@@ -264,6 +346,18 @@ class LegoService:
             raise MergeTimeoutError(
                 f"reading {adapters} adapters took longer than {limit:g} s; try again later"
             ) from error
+
+    async def _recipe_of(self, wanted: AdapterSet, param: str) -> Recipe:
+        config = None if wanted.is_single else self._configs.of_set(wanted)
+        entries = await self._look_up(wanted, param)
+        config = config or self._configs.of_one(entries[0], param=param)
+        members = tuple(
+            Member(entry.name, entry.path, entry.digest, wanted.weights[entry.name])
+            for entry in entries
+        )
+        recipe = self._recipe(members, config)
+        self.access.grant(recipe.merge_id)
+        return recipe
 
     def _recipe(self, members: tuple[Member, ...], config: MergeConfig) -> Recipe:
         identity = merge_id(
@@ -313,7 +407,7 @@ class LegoService:
             with self.cache.pinned(recipe.merge_id), self.metrics.in_progress.track_inprogress():
                 async with asyncio.timeout(limit), self._turns:
                     turn = time.perf_counter()
-                    status = _agreed(recipe, await self._stager.staged(recipe))
+                    status = agreed(recipe, await self._stager.staged(recipe))
                     await self._make_room(recipe, status)
                     staged = time.perf_counter()
                     await self._engine.register(recipe, number)
@@ -329,9 +423,8 @@ class LegoService:
                     "try again later"
                 ) from error
             logger.exception("serving %s failed", recipe.merge_id)
-            raise MergeFailedError(
-                "the server could not load the merge; its log says more"
-            ) from error
+            why = "the server could not load the merge; its log says more"
+            raise MergeFailedError(why) from error
         finished = time.perf_counter()
         seconds = status["seconds"] | {
             "queue": status["seconds"]["queue"] + turn - started,
@@ -339,6 +432,7 @@ class LegoService:
             "total": finished - started,
         }
         self._left.pop(recipe.merge_id, None)
+        self.cache[recipe.merge_id].seconds = seconds
         self._account(recipe, status, seconds)
         tier: str = status["tier"]
         return tier
@@ -394,54 +488,3 @@ class LegoService:
 
     def _show_cache(self) -> None:
         self.metrics.set_tier("device", len(self.cache), int(self.cache.currsize))
-
-
-def _store(settings: Settings, metrics: Metrics) -> MergeStore | None:
-    """Return the front end's view of the store, which it only reads."""
-    if not settings.store_dir:
-        return None
-    return MergeStore(
-        Path(settings.store_dir),
-        settings.store_bytes,
-        lambda _, why: metrics.errors.labels(why).inc(),
-    )
-
-
-def _agreed(recipe: Recipe, statuses: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the slowest worker's account of a merge that all workers hold alike.
-
-    Raises:
-        ServingError: one of them failed, or they hold different merges.
-    """
-    for status in statuses:
-        if status["state"] == "failed":
-            _raise_failure(recipe, status)
-    if len({status["fingerprint"] for status in statuses}) > 1:
-        logger.error("the workers made different merges of %s: %s", recipe.merge_id, statuses)
-        raise WorkersDisagreeError(
-            "the server's workers made different merges of one set; its log says more"
-        )
-    slowest = max(statuses, key=lambda status: sum(status["seconds"].values()))
-    tier = max((status["tier"] for status in statuses), key=_TIERS.index)
-    return {**slowest, "tier": tier}
-
-
-def _raise_failure(recipe: Recipe, status: Mapping[str, Any]) -> NoReturn:
-    """Turn a worker's account of a failed merge into the client's error."""
-    kind, message = status["error"], status["message"]
-    if kind in _UNMERGEABLE:
-        raise UnmergeableError(message, param="adapters")
-    if kind == "AdapterChangedError":
-        raise MemberChangedError(message, param="adapters")
-    if kind == "CollisionError":
-        raise BusyError(message, param="adapters")
-    if kind == "ConfigError":
-        raise BadRequestError(message, param=f"merge.{status['param']}")
-    if kind == "OutOfMemoryError":
-        raise NoMemoryError(
-            f"the server has too little memory to merge {len(recipe.members)} adapters now; "
-            "try again later"
-        )
-    raise MergeFailedError(
-        f"the server could not merge {len(recipe.members)} adapters ({kind}); its log says more"
-    )

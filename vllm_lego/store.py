@@ -112,6 +112,16 @@ class MergeStore:
             self._failed("store_write", f"{path} cannot be written: {error.strerror}")
             self._quietly(unfinished.unlink)
 
+    def delete(self, identity: str) -> bool:
+        """Delete a merge. Returns whether it is gone."""
+        path = self._path(identity)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            self._failed("store_write", f"{path} cannot be deleted: {error.strerror}")
+            return False
+        return True
+
     def recipe(self, identity: str) -> Recipe | None:
         """Return how a stored merge was made; None when it is not there."""
         metadata = self._metadata(identity)

@@ -141,6 +141,11 @@ class Tiers:
         if self._store is not None and self._writes:
             self._store.save(recipe, kept.packed.unpack(), fidelity)
 
+    def forget(self, merge_id: str) -> None:
+        """Drop a merge from host memory. The store is the front end's to clear."""
+        with self._lock:
+            self._host.pop(merge_id, None)
+
     def in_host_memory(self) -> list[KeptMerge]:
         """Return the merges in host memory."""
         with self._lock:

@@ -85,6 +85,7 @@ class StagingArea:
         self._dtype = dtype
         self._workers = workers
         self._merges: dict[str, _Staging] = {}
+        self._keeping: set[str] = set()  # merges that a thread is about to copy or write
         self.tiers = Tiers(device, check, settings, writes=rank == 0)
         self._account = self.tiers.account()
         self._busy: set[Future[None]] = set()
@@ -156,6 +157,18 @@ class StagingArea:
         del self._merges[merge_id]
         return True
 
+    def forget(self, merge_id: str) -> bool | None:
+        """Drop a merge from host memory.
+
+        Returns:
+            Whether somebody still holds it on the device; None while a thread is about to keep or
+            write it: ask again.
+        """
+        if merge_id in self._keeping:
+            return None
+        self.tiers.forget(merge_id)
+        return merge_id in self._merges
+
     def take(self, recipe: Recipe) -> LoraAdapter:
         """Return a staged merge, for vLLM to copy into a slot.
 
@@ -180,9 +193,11 @@ class StagingArea:
         """Make one merge in a staging thread, hand it over, then keep it for later."""
         if not future.set_running_or_notify_cancel():
             return  # nobody wants it any more
+        self._keeping.add(recipe.merge_id)
         try:
             merge = self._make(recipe, queued_at)
         except BaseException as error:  # noqa: BLE001  whatever it is, somebody waits for this future
+            self._keeping.discard(recipe.merge_id)
             future.set_exception(error)
             return
         future.set_result(merge)
@@ -193,6 +208,7 @@ class StagingArea:
             except Exception:  # no host memory, for one: the merge itself is served
                 logger.exception("%s could not be kept in host memory", recipe.merge_id)
                 self.tiers.tell("errors", "keep")
+        self._keeping.discard(recipe.merge_id)
         self._account = self.tiers.account()
 
     def _make(self, recipe: Recipe, queued_at: float) -> StagedMerge:

@@ -52,8 +52,12 @@ def server(model: Path, replaceable: Path) -> Iterator[ServerProcess]:
         f"--max-body-bytes={BODY_BYTES >> 20}MiB",
         f"--max-queued-merges={QUEUED_MERGES}",
         "--max-restarts=64",  # slow merges, for tests of waiting
+        *("--enable-auto-tool-choice", "--tool-call-parser=hermes"),
     ]
-    environment = server_environment() | {"VLLM_API_KEY": KEY}
+    environment = server_environment() | {
+        "VLLM_API_KEY": KEY,
+        "VLLM_ENABLE_RESPONSES_API_STORE": "1",
+    }
     with ServerProcess(arguments, environment, progress=print, command=LEGO_SERVE) as process:
         yield process
         assert process.is_alive(), process.log_tail()

@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parents[2] / "vllm_lego"
         ("vllm_lego.adapter_set", ("torch", "vllm", "lego_core")),
         ("vllm_lego.cache", ("torch", "vllm", "lego_core")),
         ("vllm_lego.settings", ("torch", "vllm", "lego_core")),
+        ("vllm_lego.request_body", ("torch", "vllm", "lego_core")),
         ("vllm_lego.plugin", ("torch", "vllm")),
         ("vllm_lego.worker", ("vllm", "fastapi")),
         ("vllm_lego.service", ("vllm", "fastapi")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from typing import Any
 
@@ -10,7 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_lego.errors import BadRequestError
 from vllm_lego.interception import Interception
+from vllm_lego.request_body import (
+    may_hold_a_set,
+    models_at,
+    models_named,
+    parse,
+    with_model,
+    without_own_fields,
+)
+from vllm_lego.service import Serving
 
 LIMIT = 1000
 
@@ -83,8 +94,14 @@ def test_what_only_looks_like_a_set_passes_untouched(body):
 def test_other_content_passes_unread():
     body = b"x" * (LIMIT + 1)
     assert call([body], {"content-type": "multipart/form-data; boundary=x"}) == (200, body)
-    compressed = {"content-type": "application/json", "content-encoding": "gzip"}
-    assert call([body], compressed) == (200, body)
+
+
+def test_vllm_ignores_the_content_encoding_and_so_does_the_plugin():
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    compressed = gzip.compress(b'{"adapters": ["sql"]}')
+    assert call([compressed], headers) == (200, compressed)
+    assert call([b'{"adapters": ["sql"]}'], headers)[0] == 400  # it only says so
+    assert call([b"x" * (LIMIT + 1)], headers)[0] == 413
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32-be"])
@@ -140,3 +157,75 @@ def test_a_stranger_learns_nothing(authorization):
 def test_the_right_key_is_let_in():
     headers = {"content-type": "application/json", "authorization": "Bearer right"}
     assert call([b'{"adapters": ["sql"]}'], headers, keys=("other", "right"))[0] == 400
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"adapters": ["a"], "adapters": []}',
+        b'{"adapters": ["a", "b"], "model": "x", "model": "y"}',
+    ],
+)
+def test_ambiguity_is_found_after_the_key_is_checked(body):
+    """A stranger gets 401 whatever is wrong with the body."""
+    assert call([body], keys=("right",))[0] == 401
+
+
+def test_sagemakers_route_takes_the_model_from_a_header():
+    serving = Serving("lego-0123456789abcdef", "hit")
+    interception = Interception(echo)
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/invocations",
+        "headers": [(b"X-Amzn-SageMaker-Adapter-Identifier", b"other"), (b"content-length", b"2")],
+    }
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(interception._forward(scope, None, send, b"{}", serving))
+    assert sent[1]["body"] == b'{"model": "lego-0123456789abcdef"}'
+    assert sent[0]["headers"] == [
+        (b"content-length", b"34"),
+        (b"x-amzn-sagemaker-adapter-identifier", b"lego-0123456789abcdef"),
+        (b"x-lego-model", b"lego-0123456789abcdef"),
+        (b"x-lego-cache", b"hit"),
+    ]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.text('ab\u00e9"\\', max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["a", "model", "x"]), inner, max_size=3)
+    ),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["a", "adapters", "merge", "b", "model"]), json_values))
+def test_what_goes_on_is_the_request_with_the_merges_name(request_):
+    """Nothing but the three fields changes on the way to vLLM."""
+    parsed = parse(json.dumps(request_).encode())
+    forwarded = json.loads(with_model(without_own_fields(parsed), "lego-0123456789abcdef"))
+    others = {k: v for k, v in request_.items() if k not in ("adapters", "merge", "model")}
+    assert forwarded == others | {"model": "lego-0123456789abcdef"}
+
+
+def test_a_body_that_parses_but_is_too_deep_to_write_is_refused():
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(BadRequestError, match="too deeply"):
+        without_own_fields({"a": deep})
+
+
+@given(json_values, st.sampled_from(["lego-0123456789abcdef", "a+b", "a\u002bb", "base", "sql"]))
+def test_no_set_as_a_model_is_missed(around, name):
+    """What the bytes say agrees with what the JSON says, wherever else the key stands."""
+    body = json.dumps({"a": around, "model": name, "b": around}).encode()
+    names_one = name not in {"base", "sql"}
+    assert may_hold_a_set(body, models_at(body)) or not names_one
+    assert names_one or name in models_named(body, models_at(body))

@@ -674,8 +674,8 @@ def test_what_pushes_in_waits_for_what_is_known(start):
         (b'{"model": "a"}', False),  # has a slot
         (b'{"model": "base"}', False),
         (b'{"tools": [{"model": "e"}], "model": "base"}', False),
-        (b'{"model": "e"', False),  # no JSON: vLLM says so
-        (b'["model", {"model": "e"}]', False),
+        (b'{"tools": [{"model": "e"}], "model": "f"}', True),
+        (b'{"model": "f"', True),  # a lone name is not worth parsing for
     ],
 )
 def test_a_request_of_a_single_adapter_waits_for_its_slot_and_passes_untouched(start, body, waits):

@@ -1,0 +1,1 @@
+"""What the plugin costs requests that name no set."""
