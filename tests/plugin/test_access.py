@@ -88,7 +88,7 @@ def test_one_adapter_of_the_folder_is_served_exactly(start, tmp_path):
         serving = await use(service, "x")
         assert serving.result == "miss"
         assert await use(service, "x") == Serving(serving.model, "hit")
-        (merge,) = service.cache.snapshot().values()
+        (merge,) = service.merged.cache.snapshot().values()
         recipe = Recipe.decode(merge.recipe)
         assert recipe.config == MergeConfig(method="concat", rank=2)
         merged = vllm.staging.take(recipe)

@@ -142,9 +142,9 @@ def test_a_merge_in_use_or_being_made_is_not_dropped(start):
     async def scenario():
         service, vllm = start(check=lambda adapter: gate.wait(30))
         preparing = asyncio.create_task(service.prepare(PAIR))
-        while not service._merging:
+        while not service.merged._merging:
             await asyncio.sleep(0.001)
-        (merge,) = service._merging
+        (merge,) = service.merged._merging
         with pytest.raises(InUseError, match=merge):
             await service.drop(merge)
         gate.set()
@@ -202,8 +202,6 @@ def test_what_another_api_server_serves_stays_on_the_device_for_it(start):
         service, vllm = start()
         other, other_vllm = start()
         other_vllm.staging, other_vllm.worker = vllm.staging, vllm.worker
-        other._engine = Engine(other_vllm, other_vllm.state)
-        other._stager._ask = other._engine.stage
         merge = (await use(service, "ab")).model
         assert (await use(other, "ab")).model == merge
         assert await service.drop(merge) is True
@@ -235,7 +233,7 @@ def test_dropping_while_others_ask_leaves_nothing_inconsistent(start, tmp_path):
 
         async def drops(asking: asyncio.Future[Any]):
             while not asking.done():
-                for merge in list(service.cache):
+                for merge in list(service.merged.cache):
                     try:
                         await service.drop(merge)
                         refused["dropped"] += 1
@@ -265,18 +263,18 @@ def test_a_background_response_keeps_merge_and_slot_until_its_task_ends(start):
         async with AsyncExitStack() as stack:
             serving = await stack.enter_async_context(service.serving(PAIR, param="adapters"))
             service.keep_for_background("resp_1", stack.pop_all())
-        assert service.cache.in_use(serving.model)
+        assert service.merged.cache.in_use(serving.model)
         assert serving.model in service.slots._admitted
         ends.set()
         await tasks["resp_1"]
         await asyncio.sleep(0)
         await asyncio.gather(*service._letting_go)
-        assert not service.cache.in_use(serving.model)
+        assert not service.merged.cache.in_use(serving.model)
         assert serving.model not in service.slots._admitted
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(service.serving(PAIR, param="adapters"))
             service.keep_for_background("resp_2", stack.pop_all())  # vLLM refused it
         await asyncio.gather(*service._letting_go)
-        assert not service.cache.in_use(serving.model)
+        assert not service.merged.cache.in_use(serving.model)
 
     asyncio.run(scenario())

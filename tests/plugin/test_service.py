@@ -143,11 +143,11 @@ async def use(service: LegoService, names: Any, **weights: float) -> Serving:
 
 def nothing_left(service: LegoService, vllm: PlayedVllm) -> bool:
     """Whether cache, workers and vLLM agree, and nobody holds a pin or waits."""
-    cached = set(service.cache)
+    cached = set(service.merged.cache)
     return (
         cached == vllm.merges() == set(vllm.staging._merges) == set(vllm.registered.values())
-        and not service._merging
-        and not service.cache._pins
+        and not service.merged._merging
+        and not service.merged.cache._pins
     )
 
 
@@ -221,7 +221,7 @@ def test_a_cancelled_server_asks_no_engine(start):
 
         vllm.collective_rpc = silent
         asyncio.create_task(use(service, "ab"))  # noqa: RUF006
-        while not service._merging:
+        while not service.merged._merging:
             await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(scenario(), 10))  # it would not return
@@ -260,9 +260,9 @@ def test_a_merge_asked_for_by_its_id_while_it_is_made_is_waited_for(start):
     async def scenario():
         service, _ = start(check=lambda adapter: gate.wait(30))
         making = asyncio.create_task(use(service, "ab"))
-        while not service._merging:
+        while not service.merged._merging:
             await asyncio.sleep(0.001)
-        (identity,) = service._merging
+        (identity,) = service.merged._merging
 
         async def known():
             async with service.serving_known(identity) as serving:
@@ -294,7 +294,7 @@ def test_what_is_used_is_published_staged_and_registered_whatever_is_evicted(sta
         service, vllm = start()
         size = len(NAMES)
         await use(service, "ab")
-        (one,) = service.cache.snapshot().values()
+        (one,) = service.merged.cache.snapshot().values()
         service, vllm = start(device_cache_bytes=4 * one.nbytes)
         draws = random.Random(size)  # noqa: S311
         sets = list(itertools.combinations("abcde", 2))
@@ -310,7 +310,7 @@ def test_what_is_used_is_published_staged_and_registered_whatever_is_evicted(sta
                         await asyncio.sleep(0)
 
         await asyncio.gather(*(client() for _ in range(4)))
-        assert len(service.cache) == 4
+        assert len(service.merged.cache) == 4
         assert nothing_left(service, vllm)
 
     asyncio.run(scenario())
@@ -330,7 +330,7 @@ def test_clients_that_leave_leave_nothing_behind(start):
                 await asking
 
         await asyncio.gather(*(leaves() for _ in range(100)))
-        await asyncio.gather(*(task for _, task in service._merging.values()))
+        await asyncio.gather(*(task for _, task in service.merged._merging.values()))
         await asyncio.sleep(0)
         assert nothing_left(service, vllm)
 
@@ -362,7 +362,7 @@ def test_a_full_queue_refuses(start):
     async def scenario():
         service, _ = start(check=lambda adapter: gate.wait(30), max_queued_merges=1)
         first = asyncio.create_task(use(service, "ab"))
-        while not service._merging:
+        while not service.merged._merging:
             await asyncio.sleep(0.001)
         with pytest.raises(BusyError, match="1 merges are waiting"):
             await use(service, "ac")
@@ -389,7 +389,7 @@ def room_for_one(start: Any) -> int:
     async def measured():
         service, _ = start()
         await use(service, "ab")
-        (one,) = service.cache.snapshot().values()
+        (one,) = service.merged.cache.snapshot().values()
         return one.nbytes
 
     return asyncio.run(measured())
@@ -740,7 +740,9 @@ def test_what_is_on_its_way_back_is_not_served_before_it_is_there(start):
             await waiting(2)
             registering.clear()
             clients.append(asyncio.create_task(client("ab")))
-            while not service._merging or not set(service._merging) & set(service.cache):
+            while not service.merged._merging or not set(service.merged._merging) & set(
+                service.merged.cache
+            ):
                 await asyncio.sleep(0.001)
         for _ in range(20):
             await asyncio.sleep(0.001)
