@@ -321,6 +321,8 @@ def test_the_servers_own_document_finds_no_fault(server, document, data):
     except schemathesis.errors.SchemathesisError:
         reject()  # nothing can be wrong with a request that has no fields
     case = data.draw(strategy)
+    if case.path == CHAT and not (isinstance(case.body, dict) and case.body.get("adapters")):
+        reject()  # vLLM's own
     answer = case.call(base_url=server.url, headers={"authorization": f"Bearer {KEY}"})
     assert answer.status_code < 500, answer.text
     assert not any(leak in answer.text for leak in LEAKS), answer.text

@@ -51,7 +51,6 @@ def refused(answer: httpx.Response, status: int) -> dict[str, object]:
         (SET | {"model": "nobody"}, 400, "model", "must be the base model"),
         (SET | {"model": 7}, 400, "model", "must be the base model"),
         ({"model": "numbers+"}, 400, "model", "empty adapter name"),
-        (SET | {"background": True}, 400, "background", "not supported with adapters"),
         ({"adapters": ["numbers", "nobody"]}, 404, "adapters", "'nobody' is not served here"),
         ({"adapters": ["nobody"]}, 404, "adapters", "'nobody' is not served here"),
         ({"adapters": ["../numbers"]}, 404, "adapters", "is not served here"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import random
 import threading
 from contextlib import AsyncExitStack
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.plugin.test_interception import echo
 from tests.plugin.test_service import (  # noqa: F401  the fixtures
     NAMES,
     PlayedVllm,
@@ -31,6 +33,7 @@ from vllm_lego.errors import (
     MergeTimeoutError,
     UnknownAdapterError,
 )
+from vllm_lego.interception import Interception
 from vllm_lego.service import LegoService
 
 PAIR = AdapterSet({"a": 1.0, "b": 1.0})
@@ -276,5 +279,31 @@ def test_a_background_response_keeps_merge_and_slot_until_its_task_ends(start):
             service.keep_for_background("resp_2", stack.pop_all())  # vLLM refused it
         await asyncio.gather(*service._letting_go)
         assert not service.merged.cache.in_use(serving.model)
+
+    asyncio.run(scenario())
+
+
+def test_what_takes_too_long_is_a_504(start):
+    gate = threading.Event()
+
+    async def scenario():
+        service, _ = start(check=lambda adapter: gate.wait(30), merge_timeout_s=0.05)
+        interception = Interception(echo)
+        interception.start(service, 1000, ())
+        body = b'{"adapters": ["a", "b"]}'
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await interception(scope, receive, send)
+        gate.set()
+        error = json.loads(sent[1]["body"])["error"]
+        assert sent[0]["status"] == error["code"] == 504
+        assert "longer than 0.05 s" in error["message"]
 
     asyncio.run(scenario())
