@@ -108,7 +108,7 @@ def _add_methods(worker: Any) -> None:
 
     def lego_kept(self: Any) -> list[tuple[str, int, float]]:
         kept = _staging(self).tiers.in_host_memory()
-        return [(merge.recipe.encode(), merge.packed.nbytes, merge.fidelity) for merge in kept]
+        return [(merge.recipe, merge.packed.nbytes, merge.fidelity) for merge in kept]
 
     def lego_forget(self: Any, merge_id: str) -> bool | None:
         return _staging(self).forget(merge_id)
@@ -385,7 +385,11 @@ class Engine:
     async def kept(self) -> list[tuple[Recipe, int, float]]:
         """Return the merges in the first worker's host memory, with bytes and fidelity."""
         first, *_ = await self._rpc("lego_kept")
-        return [(Recipe.decode(recipe), nbytes, fidelity) for recipe, nbytes, fidelity in first]
+        return await asyncio.to_thread(
+            lambda: [
+                (Recipe.decode(recipe), nbytes, fidelity) for recipe, nbytes, fidelity in first
+            ]
+        )
 
     async def discard(self, merge_id: str, engine_id: int) -> None:
         """Let go of a merge on every worker, and free its slot if nobody holds it."""
@@ -427,7 +431,7 @@ class Engine:
             if timeout:  # 0 means not to wait for anybody, None that there is no loop any more
                 with suppress(TimeoutError):
                     asyncio.run_coroutine_threadsafe(drain(), loop).result(timeout)
-                timeout = max(0.0, end - time.monotonic())
+                timeout = max(1.0, end - time.monotonic())  # vLLM kills at once for 0
             stock(timeout=timeout)
 
         self._client.shutdown = shutdown

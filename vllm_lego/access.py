@@ -134,6 +134,7 @@ class Access:
     def _caller(self, headers: Iterable[tuple[bytes, bytes]]) -> Caller:
         header = next((v for k, v in headers if k.lower() == b"authorization"), b"")
         scheme, _, token = header.partition(b" ")
+        token = token.decode("latin-1").encode()  # as vLLM has it
         key = hashlib.sha256(token).hexdigest() if scheme.lower() == b"bearer" else None
         if not self._known:
             return Caller(key)

@@ -25,6 +25,7 @@ class CachedMerge:
         nbytes: size of its tensors on one worker, in bytes.
         fidelity: cosine to the exact weighted sum.
         hits: requests served from it since it was merged.
+        is_registered: whether vLLM knows it.
         seconds: what it took to bring it to the device, by phase.
     """
 
@@ -32,6 +33,7 @@ class CachedMerge:
     nbytes: int
     fidelity: float
     hits: int = 0
+    is_registered: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,7 @@ class Catalog:
         hub: the hub's adapters, if some are allowed.
         access: what the caller may name.
         is_base_model: whether a name is the base model's, which no adapter can have.
+        files: the threads that wait for the files; by default the event loop's.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Catalog:
         *,
         access: Access | None = None,
         is_base_model: Callable[[str], bool] = lambda _: False,
+        files: Executor | None = None,
     ) -> None:
         self._served = served
         self._folder = folder
@@ -70,7 +73,9 @@ class Catalog:
         self._is_base_model = is_base_model
         self._told: set[str] = set()
         self._known: LRUCache[_Key, CatalogEntry] = LRUCache(_REMEMBERED)
-        self._reading: dict[_Key, asyncio.Task[CatalogEntry]] = {}
+        self._files = files
+        self._reading: dict[_Key, asyncio.Future[CatalogEntry]] = {}
+        self._stamping: dict[str, asyncio.Future[_Stamp | None]] = {}
 
     @classmethod
     def of(
@@ -79,6 +84,7 @@ class Catalog:
         served: Mapping[str, str],
         access: Access,
         is_base_model: Callable[[str], bool],
+        files: Executor | None = None,
     ) -> Catalog:
         """Build the catalog that the settings ask for.
 
@@ -88,7 +94,7 @@ class Catalog:
         folder = AdapterFolder(Path(settings.adapter_dir)) if settings.adapter_dir else None
         allowed = HubAllowList.parse(settings.hub_allow or "")
         hub = HubAdapters(allowed, settings.hub_max_bytes) if settings.hub_allow else None
-        return cls(served, folder, hub, access=access, is_base_model=is_base_model)
+        return cls(served, folder, hub, access=access, is_base_model=is_base_model, files=files)
 
     @property
     def has_more(self) -> bool:
@@ -97,10 +103,11 @@ class Catalog:
 
     def __contains__(self, name: object) -> bool:
         """Whether the caller may name it, as of the last `refresh`."""
-        if not isinstance(name, str):
-            return False
-        there = name in self._served or self._in_folder(name) is not None or self._is_on_hub(name)
-        return there and self._access.may_name(name)
+        return isinstance(name, str) and self.is_named(name) and self._access.may_name(name)
+
+    def is_named(self, name: str) -> bool:
+        """Whether the operator named or allowed it, whoever asks, as of the last `refresh`."""
+        return name in self._served or self._in_folder(name) is not None or self._is_on_hub(name)
 
     def is_native(self, name: str) -> bool:
         """Whether vLLM serves it itself."""
@@ -168,7 +175,7 @@ class Catalog:
         names = await self.check_names(names, param=param)
         places = await asyncio.gather(*(self._place(name, param) for name in names))
         paths = dict(zip(names, places, strict=True))
-        stamps = await asyncio.to_thread(lambda: [_stamp(path) for path in paths.values()])
+        stamps = await asyncio.gather(*map(self._stamp, paths.values()))
         try:
             return [
                 self._known.get((*item, stamp)) or await self._read((*item, stamp))
@@ -203,16 +210,26 @@ class Catalog:
             raise UnknownAdapterError(f"adapter {shown(name)} is not served here", param=param)
         return await self._hub.folder(name, param=param)
 
+    async def _stamp(self, path: str) -> _Stamp | None:
+        """Stamp a folder, once for all who ask meanwhile: one that does not answer holds one thread."""
+        stamping = self._stamping.get(path)
+        if stamping is None:
+            loop = asyncio.get_running_loop()
+            stamping = self._stamping[path] = loop.run_in_executor(self._files, _stamp, path)
+            stamping.add_done_callback(lambda _: self._stamping.pop(path))
+        return await asyncio.shield(stamping)
+
     async def _read(self, key: _Key) -> CatalogEntry:
         """Read an adapter's files, once for all who ask meanwhile."""
         reading = self._reading.get(key)
         if reading is None:
-            reading = asyncio.create_task(asyncio.to_thread(_describe, key[0], key[1]))
+            loop = asyncio.get_running_loop()
+            reading = loop.run_in_executor(self._files, _describe, key[0], key[1])
             self._reading[key] = reading
             reading.add_done_callback(lambda done: self._finish(key, done))
         return await asyncio.shield(reading)
 
-    def _finish(self, key: _Key, reading: asyncio.Task[CatalogEntry]) -> None:
+    def _finish(self, key: _Key, reading: asyncio.Future[CatalogEntry]) -> None:
         del self._reading[key]
         if not reading.cancelled() and reading.exception() is None and key[2] is not None:
             self._known[key] = reading.result()

@@ -77,10 +77,14 @@ class Interception:
             body = await read_body(scope, receive, self.max_body_bytes)
             if body is None:  # the client has left
                 return
+            if _is_own(scope):
+                await self.app(scope, replay(body, receive), send)
+                return
             models = models_at(body)
-            asked = None if _is_own(scope) else self._find_set(scope, body, models)
+            request = self._parsed(scope, body, models)
+            asked = None if request is None else self._find_set(scope, request)
             if asked is None:
-                async with self._turn(body, models):
+                async with self._turn(scope, body, request, models):
                     await self.app(scope, replay(body, receive), send)
             else:
                 await self._serve(scope, receive, send, body, asked)
@@ -90,13 +94,15 @@ class Interception:
                 self.service.metrics.count_error(error.reason, named_a_set=named_a_set)
             await refusal(error)(scope, receive, send)
 
-    def _find_set(self, scope: Scope, body: bytes, models: list[int]) -> _Asked | None:
+    def _parsed(self, scope: Scope, body: bytes, models: list[int]) -> dict[str, Any] | None:
+        """Return the request if it may name what is ours; most are not worth parsing."""
+        header_names = bool(_sagemakers_model(scope))
+        if header_names or may_hold_a_set(body, models) or self._may_name_another(body, models):
+            return parse(body)
+        return None
+
+    def _find_set(self, scope: Scope, request: dict[str, Any]) -> _Asked | None:
         """Return what a request asks for, or None when it names no set."""
-        request = None
-        if may_hold_a_set(body, models) or self._may_name_another(body, models):
-            request = parse(body)
-        if request is None:
-            return None
         if not ever_names_a_set(request):
             return self._set_as_model(scope, request)
         service = self._authorised_service(scope)
@@ -115,7 +121,7 @@ class Interception:
 
     def _set_as_model(self, scope: Scope, request: dict[str, Any]) -> _Asked | None:
         """`"model": "a+b"`, for clients that cannot add a field, and merge ids sent back."""
-        model = request.get("model")
+        model = _model_of(scope, request)
         if self.service is None or not isinstance(model, str):
             return None
         if MERGE_ID.fullmatch(model):
@@ -144,24 +150,35 @@ class Interception:
             return False
         return not all(map(service.is_served, models_named(body, models)))
 
-    def _turn(self, body: bytes, models: list[int]) -> AbstractAsyncContextManager[None]:
-        """Return what a request without a set waits for: a slot, if it names one of vLLM's adapters."""
+    def _turn(
+        self, scope: Scope, body: bytes, request: dict[str, Any] | None, models: list[int]
+    ) -> AbstractAsyncContextManager[None]:
+        """Return what a request without a set waits for: a slot, if it names one of vLLM's adapters.
+
+        `request` is its body if it was parsed. One that holds a single name is not worth parsing:
+        were that not the request's own `model` but something further down, it would take a turn that
+        it does not need.
+        """
         service = self.service
         if service is None:
             return nullcontext()
         named = models_named(body, models)
-        if not any(name in service.catalog for name in named):
-            return nullcontext()
-        # A lone name is not worth parsing for: were it not the request's own `model` but something
-        # further down, the request would take a turn that it does not need.
-        model = named.pop() if len(named) == 1 else (parse(body) or {}).get("model")
-        return service.serving_native(model) if isinstance(model, str) else nullcontext()
+        if request is None and len(named) > 1:
+            request = parse(body) or {}
+        if request is not None:
+            model = _model_of(scope, request)
+            named = {model} if isinstance(model, str) else set()
+        others = {name for name in named if not service.is_base_model(name)}
+        if others:
+            self._authorised_service(scope)  # nothing tells a stranger which of them exist
+        known = next((name for name in others if name in service.catalog), None)
+        return nullcontext() if known is None else service.serving_native(known)
 
     def _authorised_service(self, scope: Scope) -> LegoService:
         """Check the key again: vLLM leaves some routes, `/tokenize` for one, open to anybody."""
         if self._key_digests:
             scheme, _, token = header(scope, b"authorization").partition(b" ")
-            digest = hashlib.sha256(token).digest()
+            digest = hashlib.sha256(token.decode("latin-1").encode()).digest()  # as vLLM has it
             known = [hmac.compare_digest(digest, key) for key in self._key_digests]
             if scheme.lower() != b"bearer" or not any(known):
                 raise UnauthorizedError("Unauthorized")
@@ -191,9 +208,7 @@ class Interception:
         body = with_model(rest, serving.model)
         headers = [(k, v) for k, v in scope["headers"] if k.lower() not in _OF_THE_OLD_BODY]
         headers.append((b"content-length", str(len(body)).encode()))
-        if scope["path"].endswith(_INVOCATIONS):
-            headers = [(k, v) for k, v in headers if k.lower() != _SAGEMAKERS_ADAPTER]
-            headers.append((_SAGEMAKERS_ADAPTER, serving.model.encode()))
+        headers = [(k, v) for k, v in headers if k.lower() != _SAGEMAKERS_ADAPTER]
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start" and serving.result is not None:
@@ -208,17 +223,25 @@ class Interception:
 
 
 _OF_THE_OLD_BODY = (b"content-length", b"transfer-encoding", b"content-encoding")
-# SageMaker's route takes the model from this header and overwrites the body's.
+# SageMaker's route takes the model from this header, where there is one, not from the body.
 _INVOCATIONS, _SAGEMAKERS_ADAPTER = "/invocations", b"x-amzn-sagemaker-adapter-identifier"
 
 
+def _sagemakers_model(scope: Scope) -> str:
+    named = header(scope, _SAGEMAKERS_ADAPTER) if scope["path"].endswith(_INVOCATIONS) else b""
+    return named.decode("latin-1")
+
+
+def _model_of(scope: Scope, request: dict[str, Any]) -> object:
+    """Return the model that vLLM would serve a request with."""
+    return _sagemakers_model(scope) or request.get("model")
+
+
 def _is_json_post(scope: Scope) -> bool:
-    """Whether vLLM would read this request's body as JSON. It ignores `content-encoding`."""
-    return (
-        scope["type"] == "http"
-        and scope["method"] == "POST"
-        and b"json" in (header(scope, b"content-type").lower() or b"json")
-    )
+    """Whether vLLM would read this request's body as JSON, or we. It ignores `content-encoding`."""
+    if scope["type"] != "http" or scope["method"] != "POST":
+        return False
+    return _is_own(scope) or b"json" in (header(scope, b"content-type").lower() or b"json")
 
 
 def _is_own(scope: Scope) -> bool:

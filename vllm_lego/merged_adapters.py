@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
+from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from cachetools import LRUCache
 
@@ -24,11 +26,13 @@ from vllm_lego.errors import (
     MergeTimeoutError,
     ServingError,
     UnmergeableError,
+    WorkersDisagreeError,
 )
 from vllm_lego.identity import engine_id, merge_id
 from vllm_lego.metrics import Metrics
 from vllm_lego.recipe import Member, Recipe
 from vllm_lego.settings import Settings
+from vllm_lego.slots import Slots
 from vllm_lego.staging import Stager
 from vllm_lego.store import MergeStore
 from vllm_lego.verdict import agreed
@@ -36,15 +40,19 @@ from vllm_lego.verdict import agreed
 logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
 
 Result = Literal["hit", "miss", "coalesced"]
+_Found = TypeVar("_Found")
 
 _ROOM_POLL_S = 0.01
+_LETTING_GO_S = 10.0
 _REMEMBERED = 4096
 
 
 class MergedAdapters:
     """Makes merges servable and keeps account of them, on the event loop of its API server."""
 
-    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self, engine: Engine, settings: Settings, metrics: Metrics, slots: Slots, files: Executor
+    ) -> None:
         # The workers keep the union of what the API servers keep, and the engine runs it.
         self.cache = MergedAdapterCache(
             settings.device_cache_bytes // engine.api_servers, engine.in_flight
@@ -61,10 +69,13 @@ class MergedAdapters:
         self._engine = engine
         self._settings = settings
         self._metrics = metrics
+        self._slots = slots
+        self._files = files
         self._stager = Stager(engine.stage, metrics.observe_workers)
         # More than the workers make at a time would only fill their devices.
         self._turns = asyncio.Semaphore(settings.merge_threads)
         self._merging: dict[str, tuple[Recipe, asyncio.Task[str]]] = {}
+        self._registering: dict[str, asyncio.Task[None]] = {}
         # Merges that left the device: another tier may have them, their members make them again.
         self._left: LRUCache[str, CachedMerge] = LRUCache(_REMEMBERED)
 
@@ -79,7 +90,7 @@ class MergedAdapters:
         return Recipe(identity, members, config)
 
     def is_ready(self, identity: str) -> bool:
-        """Whether a merge is on the device and registered with vLLM."""
+        """Whether a merge is on the device, on every worker."""
         return identity in self.cache and identity not in self._merging
 
     async def known(self, identity: str) -> Recipe | None:
@@ -91,7 +102,7 @@ class MergedAdapters:
             return Recipe.decode(merge.recipe)
         if self._store is None:
             return None
-        recipe = await asyncio.to_thread(self._store.recipe, identity)
+        recipe = await self._in_thread(self._store.recipe, identity)
         # A store may hold anything; only what is this server's own is served.
         if recipe is None or self.recipe(recipe.members, recipe.config) != recipe:
             return None
@@ -107,14 +118,18 @@ class MergedAdapters:
                 found.append(("host", self._remembered(recipe, nbytes, fidelity)))
                 listed.add(recipe.merge_id)
         if self._store is not None:
-            stored = await asyncio.to_thread(self._store.recipes)
+            stored = await self._in_thread(self._store.recipes)
             for recipe, nbytes, fidelity in stored:
                 if recipe.merge_id not in listed:
                     found.append(("disk", self._remembered(recipe, nbytes, fidelity)))
         return found
 
-    async def obtain(self, recipe: Recipe) -> Result:
+    async def obtain(self, recipe: Recipe, *, queue: bool = True) -> Result:
         """Find a merge in the cache, join the making of it, or make it: one at a time per set.
+
+        Args:
+            recipe: of the merge.
+            queue: whether it is refused when too many wait; not for who has waited already.
 
         Raises:
             ServingError: it could not be made; nothing else changed.
@@ -127,7 +142,7 @@ class MergedAdapters:
             cached.hits += 1
             self._metrics.hits.labels("device").inc()
             return "hit"
-        if len(self._merging) >= self._settings.max_queued_merges:
+        if queue and len(self._merging) >= self._settings.max_queued_merges:
             raise BusyError(
                 f"{len(self._merging)} merges are waiting, the most this server queues; "
                 "try again later"
@@ -142,6 +157,36 @@ class MergedAdapters:
         del self._merging[identity]
         if not task.cancelled():
             task.exception()  # seen by those who wait; nobody may be left
+
+    async def register(self, recipe: Recipe) -> None:
+        """Register a merge that is ready with vLLM, once, and have vLLM answer to its name.
+
+        For a request that was admitted to a slot: vLLM copies the merge into one, and would push out
+        an adapter that runs, were all taken.
+
+        Raises:
+            ServingError: vLLM refuses it; it is dropped.
+        """
+        merge = self.cache.get(recipe.merge_id)
+        if merge is None or merge.is_registered:
+            return
+        task = self._registering.get(recipe.merge_id)
+        if task is None:
+            task = asyncio.create_task(self._register(recipe, merge), name=recipe.merge_id)
+            self._registering[recipe.merge_id] = task
+            task.add_done_callback(lambda _: self._registering.pop(recipe.merge_id))
+        await asyncio.shield(task)
+
+    async def _register(self, recipe: Recipe, merge: CachedMerge) -> None:
+        started = time.perf_counter()
+        try:
+            with self.cache.pinned(recipe.merge_id):
+                async with asyncio.timeout(self._settings.merge_timeout_s):
+                    await self._engine.register(recipe, engine_id(recipe.merge_id))
+        except Exception as error:  # not a cancellation: that is the end of the server
+            raise await self._failed(recipe, error) from error
+        merge.is_registered = True
+        self._metrics.merge_seconds.labels("register").observe(time.perf_counter() - started)
 
     async def drop(self, identity: str) -> bool:
         """Forget a merge: on the device, in host memory and in the store.
@@ -163,12 +208,22 @@ class MergedAdapters:
             self._engine.unpublish(identity)
             self._left[identity] = gone  # until it is gone from everywhere
             self._show_cache()
+        await self._engine.discard(identity, engine_id(identity))
+        held = await self._purge(identity)
+        self._left.pop(identity, None)
+        return held
+
+    async def _purge(self, identity: str) -> bool:
+        """Drop a merge from host memory and the store. Returns whether a worker still holds it.
+
+        Raises:
+            ServingError: it is still being written, or cannot be deleted.
+        """
         try:
             async with asyncio.timeout(self._settings.merge_timeout_s):
-                await self._engine.discard(identity, engine_id(identity))
                 while (held := await self._engine.forget(identity)) is None:  # noqa: ASYNC110
                     await asyncio.sleep(_ROOM_POLL_S)  # the workers cannot call back
-                if self._store and not await asyncio.to_thread(self._store.delete, identity):
+                if self._store and not await self._in_thread(self._store.delete, identity):
                     raise MergeFailedError(
                         f"{identity} could not be deleted from the store; the server's log says more"
                     )
@@ -176,7 +231,6 @@ class MergedAdapters:
             raise MergeTimeoutError(
                 f"{identity} is still being written to the store; try again later", param="id"
             ) from error
-        self._left.pop(identity, None)
         return held
 
     def _remembered(self, recipe: Recipe, nbytes: int, fidelity: float) -> CachedMerge:
@@ -184,41 +238,23 @@ class MergedAdapters:
         return left or CachedMerge(recipe.encode(), nbytes, fidelity)
 
     async def _merge(self, recipe: Recipe) -> str:
-        """Stage a merge on the workers, then register it with vLLM and publish it.
+        """Have a merge staged on every worker.
 
         Returns:
             The tier it came from: `host`, `disk`, or `merge` when it was made.
         """
         started = time.perf_counter()
-        number = engine_id(recipe.merge_id)
-        limit = self._settings.merge_timeout_s
         try:
             with self.cache.pinned(recipe.merge_id), self._metrics.in_progress.track_inprogress():
-                async with asyncio.timeout(limit), self._turns:
+                async with asyncio.timeout(self._settings.merge_timeout_s), self._turns:
                     turn = time.perf_counter()
                     status = agreed(recipe, await self._stager.staged(recipe))
                     await self._make_room(recipe, status)
-                    staged = time.perf_counter()
-                    await self._engine.register(recipe, number)
         except Exception as error:  # not a cancellation: that is the end of the server
-            self.cache.pop(recipe.merge_id, None)
-            self._show_cache()
-            await self._let_go(recipe.merge_id, number)
-            if isinstance(error, ServingError):
-                raise
-            if isinstance(error, TimeoutError):
-                raise MergeTimeoutError(
-                    f"merging {len(recipe.members)} adapters took longer than {limit:g} s; "
-                    "try again later"
-                ) from error
-            logger.exception("serving %s failed", recipe.merge_id)
-            why = "the server could not load the merge; its log says more"
-            raise MergeFailedError(why) from error
-        finished = time.perf_counter()
+            raise await self._failed(recipe, error) from error
         seconds = status["seconds"] | {
             "queue": status["seconds"]["queue"] + turn - started,
-            "register": finished - staged,
-            "total": finished - started,
+            "total": time.perf_counter() - started,
         }
         self._left.pop(recipe.merge_id, None)
         self.cache[recipe.merge_id].seconds = seconds
@@ -226,12 +262,27 @@ class MergedAdapters:
         tier: str = status["tier"]
         return tier
 
-    async def _let_go(self, identity: str, number: int) -> None:
-        """Have the workers drop a merge that failed; what failed first is what is told."""
+    async def _failed(self, recipe: Recipe, error: Exception) -> ServingError:
+        """Drop a merge everywhere that could not be served. Returns what its requests get."""
+        if self.cache.pop(recipe.merge_id, None) is not None:
+            self._engine.unpublish(recipe.merge_id)
+        self._show_cache()
         try:
-            await self._engine.discard(identity, number)
-        except Exception:
-            logger.exception("%s could not be dropped", identity)
+            async with asyncio.timeout(_LETTING_GO_S):  # an engine that is gone never answers
+                await self._engine.discard(recipe.merge_id, engine_id(recipe.merge_id))
+            if isinstance(error, WorkersDisagreeError):  # each has kept its own by now
+                await self._purge(recipe.merge_id)
+        except Exception:  # what failed first is what is told
+            logger.exception("%s could not be dropped", recipe.merge_id)
+        if isinstance(error, ServingError):
+            return error
+        if isinstance(error, TimeoutError):
+            return MergeTimeoutError(
+                f"merging {len(recipe.members)} adapters took longer than "
+                f"{self._settings.merge_timeout_s:g} s; try again later"
+            )
+        logger.error("serving %s failed", recipe.merge_id, exc_info=error)
+        return MergeFailedError("the server could not load the merge; its log says more")
 
     async def _make_room(self, recipe: Recipe, status: dict[str, Any]) -> None:
         """Enter a merge into the cache, once what is in use leaves room for it."""
@@ -245,12 +296,10 @@ class MergedAdapters:
         merge = CachedMerge(recipe.encode(), status["nbytes"], status["fidelity"])
         if recipe.merge_id in self._left:
             merge.hits = self._left[recipe.merge_id].hits
-        while True:
-            try:
-                self.cache[recipe.merge_id] = merge
-                break
-            except CacheFullError:
-                await asyncio.sleep(_ROOM_POLL_S)
+        if not self._entered(recipe.merge_id, merge):
+            with self._slots.pressed():
+                while not self._entered(recipe.merge_id, merge):  # noqa: ASYNC110  engines tell nobody
+                    await asyncio.sleep(_ROOM_POLL_S)
         evicted, self.cache.evicted = self.cache.evicted, []
         self._show_cache()
         for identity, gone in evicted:
@@ -259,6 +308,17 @@ class MergedAdapters:
             self._left[identity] = gone
         # All at once: whoever asks for one of them again is then sure to be heard after this.
         await asyncio.gather(*(self._engine.discard(i, engine_id(i)) for i, _ in evicted))
+
+    def _entered(self, identity: str, merge: CachedMerge) -> bool:
+        try:
+            self.cache[identity] = merge
+        except CacheFullError:
+            return False
+        return True
+
+    async def _in_thread(self, function: Callable[..., _Found], *args: Any) -> _Found:
+        """Call what waits for a volume; see `LegoService` for the threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._files, function, *args)
 
     def _account(self, recipe: Recipe, status: dict[str, Any], seconds: dict[str, float]) -> None:
         if status["tier"] == "merge":

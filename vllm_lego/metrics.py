@@ -98,9 +98,9 @@ class Metrics:
                     self.evictions.labels(label).inc()
 
     def observe_merge(self, method: str, fidelity: float, seconds: Mapping[str, float]) -> None:
-        """Record a finished merge; `seconds` by phase."""
-        for phase in PHASES:
-            self.merge_seconds.labels(phase).observe(seconds[phase])
+        """Record a finished merge; `seconds` by phase. Registering it comes later, see there."""
+        for phase, value in seconds.items():
+            self.merge_seconds.labels(phase).observe(value)
         self.fidelity.labels(method).observe(fidelity)
 
     def count_error(self, reason: str, *, named_a_set: bool) -> None:

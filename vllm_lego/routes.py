@@ -28,12 +28,19 @@ from vllm_lego.service import LegoService
 
 _ERRORS = {400: "a field makes no sense", 404: "nobody knows that name"}
 _MERGING_ERRORS = _ERRORS | {
+    403: "adapters that may not be combined",
+    500: "the merge failed; the server's log says more",
     413: "the body is over the limit",
     422: "adapters that cannot be merged",
     503: "the merge queue is full; see Retry-After",
     504: "the merge took longer than the limit",
 }
-_DROPPING_ERRORS = _ERRORS | {409: "requests in flight use it", 504: "it is still being written"}
+_DROPPING_ERRORS = _ERRORS | {
+    409: "requests in flight use it",
+    500: "the store keeps it; the server's log says more",
+    503: "the server is shutting down",
+    504: "it is still being written",
+}
 
 router = APIRouter(tags=["adapters"])
 
@@ -82,6 +89,9 @@ async def list_merges(request: Request) -> Merges:
 async def merge(request: Request) -> PreparedMerge:
     """Merge a set ahead of traffic: the first request for it then is a hit."""
     service = _service(request)
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0]
+    if media_type.strip().lower() != "application/json":  # what a foreign web page can send
+        raise BadRequestError(f"content-type is {shown(media_type)}; send application/json")
     fields = parse(await request.body())
     if fields is None:
         raise BadRequestError("the body must be a JSON object with `adapters`")

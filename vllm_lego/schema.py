@@ -29,7 +29,9 @@ class MergeOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     method: Annotated[str, Field(json_schema_extra={"enum": list(METHOD_NAMES)})] = "lego"
-    rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 16
+    rank: Annotated[
+        int | None, Field(ge=1, le=MAX_RANK, description="By default the server's.")
+    ] = None
     balance: bool = True
     align_sign: bool = True
     parameter_reweighting: Annotated[str, Field(json_schema_extra={"enum": list(NORM_NAMES)})] = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
@@ -32,6 +33,8 @@ from vllm_lego.settings import Settings
 from vllm_lego.slots import Slots
 
 logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
+
+_FILE_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,11 @@ class LegoService:
         self.access = access or Access()
         if self.access.is_restricted:
             engine.hide(self.access.may_see)  # before anybody looks for an adapter
-        self.catalog = Catalog.of(settings, engine.adapters, self.access, engine.is_base_model)
+        # Of our own: a volume that does not answer must not take the event loop's, which vLLM needs.
+        files = ThreadPoolExecutor(_FILE_THREADS, thread_name_prefix="lego-files")
+        self.catalog = Catalog.of(
+            settings, engine.adapters, self.access, engine.is_base_model, files
+        )
         engine.list_too(self.catalog.names_to_list)
         self.slots = Slots(max(1, engine.slots // engine.api_servers), settings.slot_quantum_s)
         if engine.api_servers > engine.slots:
@@ -69,7 +76,7 @@ class LegoService:
                 engine.api_servers,
                 engine.slots,
             )
-        self.merged = MergedAdapters(engine, settings, metrics)
+        self.merged = MergedAdapters(engine, settings, metrics, self.slots, files)
         self.metrics = metrics
         self._engine = engine
         self.base_model = engine.base_model
@@ -115,8 +122,14 @@ class LegoService:
     @asynccontextmanager
     async def serving_known(self, identity: str) -> AsyncIterator[Serving | None]:
         """As `serving`, for a merge id that a client sends back. None when it is not known."""
-        recipe = await self.merged.known(identity)
-        if recipe is None or not self.access.may_use(recipe):
+        async with self._in_time(1):
+            recipe = await self.merged.known(identity)
+            await self.catalog.refresh()
+        # A store, or a folder's past, may know of adapters that are served no more.
+        withdrawn = recipe is None or not all(
+            self.catalog.is_named(member.name) for member in recipe.members
+        )
+        if recipe is None or withdrawn or not self.access.may_use(recipe):
             yield None
             return
         async with AsyncExitStack() as stack:
@@ -135,6 +148,8 @@ class LegoService:
         if name not in self._engine.adapters:
             yield
             return
+        if self._closing:
+            raise ShuttingDownError
         with self._taken():
             async with self.slots.admitted(name):
                 yield
@@ -224,9 +239,10 @@ class LegoService:
             result = await self.merged.obtain(recipe)
             async with self.slots.admitted(recipe.merge_id):
                 with self.merged.cache.pinned(recipe.merge_id):
-                    # Pushed out while it stood in line, perhaps on its way back: not registered yet.
+                    # Pushed out while it stood in line, perhaps on its way back already.
                     if not self.merged.is_ready(recipe.merge_id):
-                        await self.merged.obtain(recipe)
+                        await self.merged.obtain(recipe, queue=False)
+                    await self.merged.register(recipe)
                     self.metrics.requests.labels(result).inc()
                     yield Serving(recipe.merge_id, result)
 

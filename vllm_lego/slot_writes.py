@@ -3,7 +3,8 @@
 For the time of one activation a layer's tuples of slots are replaced by stand-ins that note what the
 layer zeroes and copies. So vLLM's own code decides which layer takes which part of an adapter. What
 it does in another way than by `slots[i] = 0` and `slots[...].copy_(source)` happens at once, after
-what was noted before.
+what was noted before. A part whose memory is laid out otherwise than the slot's, of a lower rank for one,
+is copied by itself.
 """
 
 from __future__ import annotations
@@ -61,8 +62,15 @@ class SlotWrites:
         """Write what was noted: first the zeros."""
         if self._zeroed:
             torch._foreach_zero_(self._zeroed)
-        if self._filled:
-            torch._foreach_copy_(self._filled, self._sources, non_blocking=True)
+        alike: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for slot, source in zip(self._filled, self._sources, strict=True):
+            if slot.stride() == source.stride():
+                alike[0].append(slot)
+                alike[1].append(source)
+            else:  # one of these in the list, and PyTorch copies all of it one by one
+                slot.copy_(source, non_blocking=True)
+        if alike[0]:
+            torch._foreach_copy_(*alike, non_blocking=True)
         self._forget()
 
     def _forget(self) -> None:

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 
@@ -47,6 +47,7 @@ class Slots:
         # Both in order of arrival: the first admitted is the first to make room.
         self._admitted: dict[str, _Admitted] = {}
         self._line: dict[str, list[asyncio.Future[None]]] = {}
+        self._pressing = 0
 
     @asynccontextmanager
     async def admitted(self, name: str) -> AsyncIterator[None]:
@@ -57,6 +58,20 @@ class Slots:
             yield
         finally:
             self._leave(name)
+
+    @contextmanager
+    def pressed(self) -> Iterator[None]:
+        """Have all names that had their quantum admit no more requests, and admit no other name.
+
+        For whoever needs what the admitted names keep from it besides their slots: the room that
+        their merges take on the device.
+        """
+        self._pressing += 1
+        try:
+            yield
+        finally:
+            self._pressing -= 1
+            self._admit_next()
 
     def waiting(self) -> int:
         """Return how many names stand in line."""
@@ -70,7 +85,7 @@ class Slots:
                 return False
             admitted.requests += 1
             return True
-        if self._line or len(self._admitted) >= self._count:
+        if self._line or self._pressing or len(self._admitted) >= self._count:
             return False
         self._admitted[name] = _Admitted(self._clock(), 1)
         return True
@@ -78,7 +93,7 @@ class Slots:
     def _must_make_room(self, name: str) -> bool:
         if name in self._line:  # it did before, and stays behind those it let pass
             return True
-        oldest = list(self._admitted)[: len(self._line)]
+        oldest = list(self._admitted)[: None if self._pressing else len(self._line)]
         return name in oldest and self._clock() - self._admitted[name].since >= self._quantum_s
 
     async def _stand_in_line(self, name: str) -> None:
@@ -89,7 +104,7 @@ class Slots:
         except asyncio.CancelledError:
             if place.done() and not place.cancelled():  # admitted at the very moment it left
                 self._leave(name)
-            else:
+            elif place in self._line.get(name, ()):
                 self._line[name].remove(place)
                 if not self._line[name]:
                     del self._line[name]
@@ -98,14 +113,18 @@ class Slots:
     def _leave(self, name: str) -> None:
         admitted = self._admitted[name]
         admitted.requests -= 1
-        if admitted.requests:
-            return
-        del self._admitted[name]
+        if not admitted.requests:
+            del self._admitted[name]
+            self._admit_next()
+
+    def _admit_next(self) -> None:
         # A name that is still draining and in line as well keeps its place there.
-        for next_name in [n for n in self._line if n not in self._admitted]:
-            if len(self._admitted) >= self._count:
+        for name in [n for n in self._line if n not in self._admitted]:
+            if self._pressing or len(self._admitted) >= self._count:
                 return
-            places = self._line.pop(next_name)
-            self._admitted[next_name] = _Admitted(self._clock(), len(places))
+            # Whoever was cancelled in this turn of the loop is not here to be admitted.
+            places = [place for place in self._line.pop(name) if not place.done()]
+            if places:
+                self._admitted[name] = _Admitted(self._clock(), len(places))
             for place in places:
                 place.set_result(None)

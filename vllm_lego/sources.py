@@ -48,7 +48,9 @@ _ENTRY = re.compile(
 _NAME = re.compile(
     rf"(?P<repository>{_REPOSITORY})(@(?P<revision>[A-Za-z0-9][\w.-]{{0,99}}))?", re.ASCII
 )
-_COMMIT = re.compile(r"[0-9a-f]{7,}", re.IGNORECASE)
+_COMMIT = re.compile(
+    r"[0-9a-f]{4,}|.*-g[0-9a-f]{4,}", re.IGNORECASE
+)  # and what git describes one by
 
 
 def is_read(file: str) -> bool:

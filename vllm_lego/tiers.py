@@ -30,7 +30,7 @@ class KeptMerge:
     """A merge in host memory, and how it was made."""
 
     packed: PackedAdapter
-    recipe: Recipe
+    recipe: str  # encoded
     fidelity: float
 
     @property
@@ -129,14 +129,14 @@ class Tiers:
         adapter, fidelity = stored
         self._check(adapter)  # the folder may be shared with servers of another base model
         packed = PackedAdapter.pack(adapter).in_host_memory()
-        self._keep_in_host_memory(recipe.merge_id, KeptMerge(packed, recipe, fidelity))
+        self._keep_in_host_memory(recipe.merge_id, KeptMerge(packed, recipe.encode(), fidelity))
         return packed.on(self._device), fidelity, "disk"
 
     def keep(self, recipe: Recipe, packed: PackedAdapter, fidelity: float) -> None:
         """Keep a merge that was just made in host memory and in the store."""
         if packed.host_bytes > self._host.maxsize and not (self._store and self._writes):
             return
-        kept = KeptMerge(packed.in_host_memory(), recipe, fidelity)
+        kept = KeptMerge(packed.in_host_memory(), recipe.encode(), fidelity)
         self._keep_in_host_memory(recipe.merge_id, kept)
         if self._store is not None and self._writes:
             self._store.save(recipe, kept.packed.unpack(), fidelity)

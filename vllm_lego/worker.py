@@ -50,6 +50,13 @@ class StagedMerge:
     seconds: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    merge_id: str
+    result: Future[StagedMerge]
+    thread: Future[None]  # done once the merge is kept, too
+
+
 @dataclass(slots=True, eq=False)
 class _Staging:
     future: Future[StagedMerge]
@@ -85,10 +92,9 @@ class StagingArea:
         self._dtype = dtype
         self._workers = workers
         self._merges: dict[str, _Staging] = {}
-        self._keeping: set[str] = set()  # merges that a thread is about to copy or write
         self.tiers = Tiers(device, check, settings, writes=rank == 0)
         self._account = self.tiers.account()
-        self._busy: set[Future[None]] = set()
+        self._jobs: list[_Job] = []
         self._local = threading.local()
         self._threads = ThreadPoolExecutor(
             max_workers=settings.merge_threads,
@@ -108,10 +114,9 @@ class StagingArea:
             `busy`: whether there will be more to tell, as a thread still merges or keeps.
         """
         merges = {recipe.merge_id: self._stage(recipe, holder) for recipe in recipes}
-        self._busy = {running for running in self._busy if not running.done()}
         return {
             "merges": merges,
-            "busy": bool(self._busy),  # before the rest: what ends now is told of next time
+            "busy": bool(self._unfinished()),  # before the rest: what ends now is told of next time
             "tiers": self._account,
             "events": self.tiers.events(),
         }
@@ -124,10 +129,7 @@ class StagingArea:
             if twin is not None:
                 message = f"{recipe.merge_id} and {twin} share one id in vLLM: one at a time"
                 return _failed("CollisionError", message)
-            staging = self._merges[recipe.merge_id] = _Staging(Future())
-            self._busy.add(
-                self._threads.submit(self._fulfil, recipe, staging.future, time.perf_counter())
-            )
+            staging = self._merges[recipe.merge_id] = _Staging(self._job(recipe))
         staging.holders.add(holder)
         if not staging.future.done():
             return {"state": "pending"}
@@ -145,6 +147,21 @@ class StagingArea:
             "seconds": merge.seconds,
         }
 
+    def _job(self, recipe: Recipe) -> Future[StagedMerge]:
+        """Start a merge, or join one under way that its holders gave up."""
+        for job in self._unfinished(recipe.merge_id):
+            if not job.result.done():
+                return job.result
+        result: Future[StagedMerge] = Future()
+        thread = self._threads.submit(self._fulfil, recipe, result, time.perf_counter())
+        self._jobs.append(_Job(recipe.merge_id, result, thread))
+        return result
+
+    def _unfinished(self, merge_id: str | None = None) -> list[_Job]:
+        """Return the jobs whose thread still merges, keeps or waits for its turn."""
+        self._jobs = [job for job in self._jobs if not job.thread.done()]
+        return [job for job in self._jobs if merge_id in (None, job.merge_id)]
+
     def discard(self, merge_id: str, holder: str) -> bool:
         """Let go of a merge. Returns whether that made it go, because nobody else holds it."""
         staging = self._merges.get(merge_id)
@@ -161,10 +178,10 @@ class StagingArea:
         """Drop a merge from host memory.
 
         Returns:
-            Whether somebody still holds it on the device; None while a thread is about to keep or
+            Whether somebody still holds it on the device; None while a thread may yet keep or
             write it: ask again.
         """
-        if merge_id in self._keeping:
+        if self._unfinished(merge_id):
             return None
         self.tiers.forget(merge_id)
         return merge_id in self._merges
@@ -193,11 +210,9 @@ class StagingArea:
         """Make one merge in a staging thread, hand it over, then keep it for later."""
         if not future.set_running_or_notify_cancel():
             return  # nobody wants it any more
-        self._keeping.add(recipe.merge_id)
         try:
             merge = self._make(recipe, queued_at)
         except BaseException as error:  # noqa: BLE001  whatever it is, somebody waits for this future
-            self._keeping.discard(recipe.merge_id)
             future.set_exception(error)
             return
         future.set_result(merge)
@@ -208,7 +223,6 @@ class StagingArea:
             except Exception:  # no host memory, for one: the merge itself is served
                 logger.exception("%s could not be kept in host memory", recipe.merge_id)
                 self.tiers.tell("errors", "keep")
-        self._keeping.discard(recipe.merge_id)
         self._account = self.tiers.account()
 
     def _make(self, recipe: Recipe, queued_at: float) -> StagedMerge:

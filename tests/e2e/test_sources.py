@@ -51,8 +51,6 @@ def folder(made: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
     home = tmp_path_factory.mktemp("folder")
     for name, source in (("copy0", 0), ("shared-2", 2), ("secret", 3), ("adapter1", 3)):
         shutil.copytree(made[f"adapter{source}"], home / name)
-    (wide,) = write_adapters(SHAPES["tiny"], tmp_path_factory.mktemp("wide"), 1, rank=16).values()
-    shutil.copytree(wide, home / "wide")
     outside = shutil.copytree(made["adapter2"], tmp_path_factory.mktemp("outside") / "x")
     (home / "leads-out").symlink_to(outside)
     return home
@@ -107,6 +105,9 @@ def server(
         "HF_HUB_CACHE": str(folders / "cache"),
     }
     with ServerProcess(arguments, environment, command=LEGO_SERVE) as process:
+        # Not before: `vllm-lego serve` refuses a --max-lora-rank below an adapter's.
+        (wide,) = write_adapters(SHAPES["tiny"], folders / "made", 1, rank=16).values()
+        shutil.copytree(wide, folder / "wide")
         yield process
         assert process.is_alive(), process.log_tail()
 

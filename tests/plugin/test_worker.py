@@ -195,7 +195,7 @@ def test_host_memory_is_bounded_and_drops_the_least_recently_used(folders):
         told += answer["events"]
         staging.discard(recipe.merge_id, "h")
     staging._threads.shutdown()
-    kept = [merge.recipe.merge_id for merge in staging.tiers.in_host_memory()]
+    kept = [Recipe.decode(merge.recipe).merge_id for merge in staging.tiers.in_host_memory()]
     assert sorted(kept) == [recipe.merge_id for recipe in recipes[-3:]]
     answer = staging.stage([], "h")
     assert answer["tiers"] == {"host": (3, 3 * size), "disk": (0, 0)}
