@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -324,6 +325,31 @@ def test_members_of_one_content_and_other_names_may_be_sent_back_by_who_named_th
         with service.access.of([(b"authorization", b"Bearer two")]):
             assert second["model"] in vllm.state.openai_serving_models.lora_requests
         assert await post(app, second, "two") == (200, second)
+
+    asyncio.run(scenario())
+
+
+def test_a_withdrawn_adapter_is_not_served_by_the_ids_of_its_merges(start, tmp_path):
+    async def scenario():
+        service, _ = start()
+        known = (await use(service, "a", "x")).model
+        async with service.serving_known(known) as serving:
+            assert serving is not None
+        shutil.rmtree(tmp_path / "folder" / "x")
+        async with service.serving_known(known) as serving:
+            assert serving is None
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("name", ["a", "nobody", "x"])
+def test_without_a_key_no_name_but_the_bases_passes_on_open_routes(start, name):
+    async def scenario():
+        service, _ = start()
+        app = intercepting(service, KEYS)
+        assert await post(app, {"model": "base"}, "wrong") == (200, {"model": "base"})
+        status, _ = await post(app, {"model": name}, "wrong")
+        assert status == 401
 
     asyncio.run(scenario())
 

@@ -502,9 +502,11 @@ def test_a_restarted_server_serves_what_the_store_has_without_merging(start, tmp
     asyncio.run(scenario())
 
 
-def test_workers_that_disagree_are_refused(start):
+def test_workers_that_disagree_are_refused_and_none_keeps_its_own(start, tmp_path):
+    store = tmp_path / "store"
+
     async def scenario():
-        service, vllm = start()
+        service, vllm = start(store_dir=str(store))
         ask = vllm.collective_rpc
 
         async def two_workers(method: str, args: tuple[Any, ...]) -> list[Any]:
@@ -522,6 +524,56 @@ def test_workers_that_disagree_are_refused(start):
             await use(service, "ab")
         await asyncio.sleep(0)
         assert nothing_left(service, vllm)
+        assert not vllm.staging.tiers.in_host_memory()
+        assert not list(store.glob("*.safetensors"))
+
+    asyncio.run(scenario())
+
+
+def test_a_set_that_needs_the_room_of_busy_ones_gets_it(start):
+    """Two sets, one for each half of the room, always with two overlapping requests."""
+    size = room_for_one(start)
+
+    async def scenario():
+        service, _ = start(device_cache_bytes=2 * size, slot_quantum_s=0.05, merge_timeout_s=5.0)
+        done = asyncio.Event()
+
+        async def keep_busy(names: str, delay: float) -> None:
+            await asyncio.sleep(delay)
+            wanted = AdapterSet(dict.fromkeys(names, 1.0))
+            while not done.is_set():
+                async with service.serving(wanted, param="adapters"):
+                    await asyncio.sleep(0.02)
+
+        await use(service, "ab")
+        await use(service, "ac")
+        traffic = [
+            asyncio.create_task(keep_busy(names, delay))
+            for names in ("ab", "ac")
+            for delay in (0, 0.01)
+        ]
+        await asyncio.sleep(0.1)
+        assert (await use(service, "ad")).result == "miss"  # it would get 504
+        assert not any(task.done() for task in traffic)
+        done.set()
+        await asyncio.gather(*traffic)
+
+    asyncio.run(scenario())
+
+
+def test_at_a_shutdown_single_adapters_are_refused_too(start):
+    """Or steady traffic on one would keep the server from ever draining."""
+
+    async def scenario():
+        service, _ = start()
+        async with service.serving_native("a"):
+            draining = asyncio.create_task(service.drain())
+            await asyncio.sleep(0)
+            with pytest.raises(ShuttingDownError):
+                await use(service, "a")
+            async with service.serving_native("base"):
+                pass
+        await asyncio.wait_for(draining, 5)
 
     asyncio.run(scenario())
 
