@@ -8,7 +8,7 @@
    take turns; the body comes in pieces of 64 KiB, as uvicorn hands them on.
 2. Throughput of the real server, requests per second, with the plugin and of stock vLLM: two
    servers run at once, and rounds of the same requests go to them in turn. Reported: the median of
-   the rounds' ratios.
+   the rounds' ratios. `--control` measures stock vLLM against itself: what the method is worth.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=64, help="of a round")
     parser.add_argument("--clients", type=int, default=8, help="that share a round's requests")
     parser.add_argument("--no-server", action="store_true", help="the first part alone")
+    parser.add_argument("--control", action="store_true", help="stock vLLM against stock vLLM")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     result: dict[str, Any] = {
@@ -168,7 +169,11 @@ async def _servers(options: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as stack:
         urls = {
             plugins: stack.enter_context(
-                ServerProcess(arguments, server_environment(plugins), progress=print)
+                ServerProcess(
+                    arguments,
+                    server_environment("" if options.control else plugins),
+                    progress=print,
+                )
             ).url
             for plugins in ("lego", "")
         }
