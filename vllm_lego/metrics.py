@@ -48,7 +48,7 @@ class Metrics:
         )
         self.merge_seconds = Histogram(
             "vllm_lego_merge_seconds",
-            "Time of a merge by phase; total is what the first request waits.",
+            "Time of a merge by phase; total is until it is ready. It is registered when first admitted.",
             ["phase"],
             buckets=_SECONDS,
         )
