@@ -15,7 +15,7 @@ def caplog(
     """What the plugin logs: once vLLM is imported, nothing below its logger reaches the root."""
     logger = logging.getLogger("vllm.lego")
     monkeypatch.setattr(logger, "propagate", False)
-    monkeypatch.setattr(logger, "disabled", False)  # by whatever configured logging before
     logger.addHandler(caplog.handler)
-    yield caplog
+    with caplog.at_level(logging.INFO, logger=logger.name):  # whatever vLLM's was left at
+        yield caplog
     logger.removeHandler(caplog.handler)

@@ -121,5 +121,5 @@ def test_the_options_of_a_merge_are_those_of_the_configuration():
     fields = schema.MergeOptions.model_fields
     assert set(fields) == set(MergeConfig.__dataclass_fields__)
     defaults = {name: default for options in OPTIONS.values() for name, default in options.items()}
-    for name, default in (defaults | {"method": "lego", "rank": 16, "density": 0.2}).items():
+    for name, default in (defaults | {"method": "lego", "rank": None, "density": 0.2}).items():
         assert fields[name].default == default
