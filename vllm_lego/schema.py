@@ -108,7 +108,7 @@ class PreparedMerge(Merge):
     result: Literal["hit", "miss", "coalesced"]
     seconds: Annotated[
         dict[str, float],
-        Field(description="By phase: queue, load, merge, register, total. Empty if it was ready."),
+        Field(description="By phase: queue, load, merge, total. Empty if it was ready."),
     ]
 
 
