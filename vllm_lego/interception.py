@@ -208,7 +208,6 @@ class Interception:
         body = with_model(rest, serving.model)
         headers = [(k, v) for k, v in scope["headers"] if k.lower() not in _OF_THE_OLD_BODY]
         headers.append((b"content-length", str(len(body)).encode()))
-        headers = [(k, v) for k, v in headers if k.lower() != _SAGEMAKERS_ADAPTER]
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start" and serving.result is not None:
@@ -222,9 +221,14 @@ class Interception:
         await self.app({**scope, "headers": headers}, replay(body, receive), send_with_headers)
 
 
-_OF_THE_OLD_BODY = (b"content-length", b"transfer-encoding", b"content-encoding")
 # SageMaker's route takes the model from this header, where there is one, not from the body.
 _INVOCATIONS, _SAGEMAKERS_ADAPTER = "/invocations", b"x-amzn-sagemaker-adapter-identifier"
+_OF_THE_OLD_BODY = (
+    b"content-length",
+    b"transfer-encoding",
+    b"content-encoding",
+    _SAGEMAKERS_ADAPTER,
+)
 
 
 def _sagemakers_model(scope: Scope) -> str:

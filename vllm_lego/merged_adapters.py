@@ -149,14 +149,9 @@ class MergedAdapters:
             )
         task = asyncio.create_task(self._merge(recipe), name=recipe.merge_id)
         self._merging[recipe.merge_id] = recipe, task
-        task.add_done_callback(lambda done: self._forget(recipe.merge_id, done))
+        task.add_done_callback(lambda done: _forget(self._merging, recipe.merge_id, done))
         # A client that leaves cancels its own waiting, not the merge that others wait for.
         return "miss" if await asyncio.shield(task) == "merge" else "hit"
-
-    def _forget(self, identity: str, task: asyncio.Task[str]) -> None:
-        del self._merging[identity]
-        if not task.cancelled():
-            task.exception()  # seen by those who wait; nobody may be left
 
     async def register(self, recipe: Recipe) -> None:
         """Register a merge that is ready with vLLM, once, and have vLLM answer to its name.
@@ -174,7 +169,7 @@ class MergedAdapters:
         if task is None:
             task = asyncio.create_task(self._register(recipe, merge), name=recipe.merge_id)
             self._registering[recipe.merge_id] = task
-            task.add_done_callback(lambda _: self._registering.pop(recipe.merge_id))
+            task.add_done_callback(lambda done: _forget(self._registering, recipe.merge_id, done))
         await asyncio.shield(task)
 
     async def _register(self, recipe: Recipe, merge: CachedMerge) -> None:
@@ -208,19 +203,22 @@ class MergedAdapters:
             self._engine.unpublish(identity)
             self._left[identity] = gone  # until it is gone from everywhere
             self._show_cache()
-        await self._engine.discard(identity, engine_id(identity))
         held = await self._purge(identity)
         self._left.pop(identity, None)
         return held
 
     async def _purge(self, identity: str) -> bool:
-        """Drop a merge from host memory and the store. Returns whether a worker still holds it.
+        """Let go of a merge, and drop it from host memory and the store.
+
+        Returns:
+            Whether a worker still holds it for somebody else.
 
         Raises:
             ServingError: it is still being written, or cannot be deleted.
         """
         try:
             async with asyncio.timeout(self._settings.merge_timeout_s):
+                await self._engine.discard(identity, engine_id(identity))
                 while (held := await self._engine.forget(identity)) is None:  # noqa: ASYNC110
                     await asyncio.sleep(_ROOM_POLL_S)  # the workers cannot call back
                 if self._store and not await self._in_thread(self._store.delete, identity):
@@ -337,3 +335,9 @@ class MergedAdapters:
 
     def _show_cache(self) -> None:
         self._metrics.set_tier("device", len(self.cache), int(self.cache.currsize))
+
+
+def _forget(tasks: dict[str, Any], identity: str, task: asyncio.Task[Any]) -> None:
+    del tasks[identity]
+    if not task.cancelled():
+        task.exception()  # seen by those who wait; nobody may be left

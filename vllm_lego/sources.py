@@ -48,9 +48,8 @@ _ENTRY = re.compile(
 _NAME = re.compile(
     rf"(?P<repository>{_REPOSITORY})(@(?P<revision>[A-Za-z0-9][\w.-]{{0,99}}))?", re.ASCII
 )
-_COMMIT = re.compile(
-    r"[0-9a-f]{4,}|.*-g[0-9a-f]{4,}", re.IGNORECASE
-)  # and what git describes one by
+# What git takes for a commit: the head of its digits, or what `git describe` makes of them.
+_COMMIT = re.compile(r"[0-9a-f]{4,}|.*-g[0-9a-f]{4,}", re.IGNORECASE)
 
 
 def is_read(file: str) -> bool:

@@ -27,6 +27,16 @@ KEY = "the-right-key"
 CACHE_BYTES = 24_000_000
 BODY_BYTES = 1 << 20
 QUEUED_MERGES = 4
+TINY_SERVER = [  # for `SHAPES["tiny"]` and adapters of rank 8
+    "--served-model-name=tiny",
+    "--dtype=float32",
+    "--enforce-eager",
+    "--max-model-len=1024",
+    "--max-num-seqs=16",
+    "--gpu-memory-utilization=0.2",
+    "--max-lora-rank=8",
+    "--max-loras=2",
+]
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.serving.shapes import SHAPES, write_adapters, write_model
 from lego_core import LoraAdapter, LoraModule, load_adapter, save_adapter
-from tests.e2e.conftest import read_metric
+from tests.e2e.conftest import TINY_SERVER, read_metric
 from vllm_lego.demo.server import LEGO_SERVE, ServerProcess, server_environment
 
 LIMIT_S = 5
@@ -51,14 +51,7 @@ def arguments(
     folder = tmp_path_factory.mktemp("model")
     return [
         str(write_model(SHAPES["tiny"], folder, model, weights=True)),
-        "--served-model-name=tiny",
-        "--dtype=float32",
-        "--enforce-eager",
-        "--max-model-len=1024",
-        "--max-num-seqs=16",
-        "--gpu-memory-utilization=0.2",
-        "--max-lora-rank=8",
-        "--max-loras=2",
+        *TINY_SERVER,
         "--shutdown-timeout=60",
         f"--store-dir={store}",
         "--host-cache-bytes=0",
@@ -276,10 +269,20 @@ def test_store_file_truncated(tiny, store):
 
 
 def test_clients_gone_in_the_middle_of_their_merges(tiny, server):
+    def made() -> float:
+        return read_metric(tiny, "vllm_lego_merge_seconds_count", phase="total")
+
+    before = made()
     with httpx.Client(base_url=server.url, timeout=0.02) as impatient:
-        for _ in range(20):
+
+        def leave() -> bool:
             with suppress(httpx.TimeoutException):
                 ask(impatient, new_set())
+            return made() > before
+
+        until(leave)  # at least one was at it when its client left
+        for _ in range(20):
+            leave()
     until(lambda: read_metric(tiny, "vllm_lego_merges_in_progress") == 0)
 
 
@@ -312,10 +315,12 @@ def test_steady_traffic_on_every_slot_starves_nobody(tiny):
     with ThreadPoolExecutor(8) as pool:
         traffic = [pool.submit(keep_busy, wanted, d) for wanted in busy for d in (0, 0.2)]
         time.sleep(1)
-        others = [pool.submit(ask, tiny, wanted) for wanted in (new_set(), ["adapter3"])]
         try:
-            for other in others:  # stock behaviour: a timeout here
-                assert other.result(timeout=50).status_code == 200
+            # The first needs room on the device too, which the two fill. One by one: who stands
+            # in line makes way for others as well.
+            for other in (new_set(), ["adapter3"]):
+                # Stock behaviour: a timeout here.
+                assert pool.submit(ask, tiny, other).result(timeout=50).status_code == 200
             assert not any(future.done() for future in traffic)
         finally:
             done.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -64,6 +65,15 @@ def test_asked_for_four_times_at_once_it_is_made_once(http, metric):
     assert metric("vllm_lego_merge_seconds_count", phase="total") == made + 1
     assert [merge["result"] for merge in merges].count("miss") == 1
     assert len({merge["id"] for merge in merges}) == 1
+
+
+def test_what_a_foreign_web_page_can_send_merges_nothing(http, metric):
+    """No JSON type, so no preflight; nor does it get past the limit of a body."""
+    made = metric("vllm_lego_merge_seconds_count", phase="total")
+    for content in (json.dumps(new_set()), "x" * (BODY_BYTES + 1)):
+        answer = http.post(MERGE, content=content, headers={"content-type": "text/plain"})
+        refused(answer, 400 if len(content) <= BODY_BYTES else 413)
+    assert metric("vllm_lego_merge_seconds_count", phase="total") == made
 
 
 def test_what_is_dropped_is_gone_from_every_tier_and_can_be_made_again(http):

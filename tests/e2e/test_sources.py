@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from benchmarks.serving.shapes import SHAPES, write_adapters, write_model
+from tests.e2e.conftest import TINY_SERVER
 from tests.hub_server import NEW, OLD, REPO, Hub, serving
 from vllm_lego.demo.server import LEGO_SERVE, ServerProcess, server_environment
 
@@ -81,14 +82,7 @@ def server(
     (folders / "policy.toml").write_text(POLICY)
     arguments = [
         str(write_model(SHAPES["tiny"], folders / "model", model, weights=True)),
-        "--served-model-name=tiny",
-        "--dtype=float32",
-        "--enforce-eager",
-        "--max-model-len=1024",
-        "--max-num-seqs=16",
-        "--gpu-memory-utilization=0.2",
-        "--max-lora-rank=8",
-        "--max-loras=2",
+        *TINY_SERVER,
         f"--adapter-dir={folder}",
         f"--hub-allow={REPO} other/*",
         f"--hub-max-bytes={MAX_BYTES}",

@@ -727,6 +727,11 @@ def test_what_pushes_in_waits_for_what_is_known(start):
     [
         (b'{"model": "e"}', True),
         (b'{"model" : "e", "adapters": []}', True),
+        (b'{"model": "\\u0065"}', True),
+        (b'{"mod\\u0065l": "e"}', True),
+        (b'{"model": "\\u0065", "x": {"model": "base"}}', True),
+        ('{"model": "e"}'.encode("utf-16"), True),
+        (b'{"x": [' + b'{"model": "base"}, ' * 40 + b'{}], "model": "e"}', True),
         (b'{"model": "a"}', False),  # has a slot
         (b'{"model": "base"}', False),
         (b'{"tools": [{"model": "e"}], "model": "base"}', False),

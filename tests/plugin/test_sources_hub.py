@@ -70,6 +70,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
         ("org/a", "org/a@pr/1", None),
         ("org/*", f"org/a@{COMMIT}", None),
         ("org/a", f"org/a@{COMMIT[:7].upper()}", None),
+        ("org/a", "org/a@abcd12", None),
+        ("org/a", "org/a@v1-0-gabcd12", None),
         ("org/a", "org/a@", None),
         ("org/a", "org/a@main@v1", None),
         ("org/a", "org/a@main\n", None),
