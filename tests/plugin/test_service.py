@@ -219,15 +219,64 @@ def test_a_cancelled_server_asks_no_engine(start):
     async def scenario():
         service, vllm = start()
 
-        async def silent(*_: object, **__: object) -> None:
+        async def silent(method: str, **_: object) -> None:
+            asked.append(method)
             await asyncio.Event().wait()
 
         vllm.collective_rpc = silent
         asyncio.create_task(use(service, "ab"))  # noqa: RUF006
-        while not service.merged._merging:
+        while not asked:
             await asyncio.sleep(0.01)
 
-    asyncio.run(asyncio.wait_for(scenario(), 10))  # it would not return
+    asked: list[str] = []
+    asyncio.run(scenario())
+    assert asked == ["lego_stage"]
+
+
+def test_gauges_follow_what_is_kept_after_the_last_request(start, tmp_path):
+    def on_disk() -> float | None:
+        return REGISTRY.get_sample_value("vllm_lego_cache_entries", {"tier": "disk"})
+
+    async def scenario():
+        service, vllm = start(store_dir=str(tmp_path / "store"))
+        with vllm.staging.tiers._store._writing:  # as if the volume were slow
+            await use(service, "ab")
+            await asyncio.sleep(0.2)
+            assert on_disk() == 0
+        async with asyncio.timeout(10):
+            while on_disk() != 1:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(scenario())
+
+
+def test_who_stood_in_line_is_not_refused_for_a_queue_that_filled_meanwhile(start):
+    size, gate = room_for_one(start), threading.Event()
+
+    def check(adapter: LoraAdapter) -> None:
+        if adapter.name == "f":
+            gate.wait(30)
+
+    async def scenario():
+        service, _ = start(check, device_cache_bytes=size, max_queued_merges=1)
+        async with AsyncExitStack() as slots:
+            for name in "abcd":
+                await slots.enter_async_context(service.serving_native(name))
+            in_line = [asyncio.create_task(use(service, "ab"))]
+            while service.slots.waiting() < 1:
+                await asyncio.sleep(0.001)
+            in_line.append(asyncio.create_task(use(service, "ac")))  # pushes the first out
+            while service.slots.waiting() < 2:
+                await asyncio.sleep(0.001)
+            slow = asyncio.create_task(use(service, "af"))
+            while not service.merged._merging:
+                await asyncio.sleep(0.001)
+        assert [served.result for served in await asyncio.gather(*in_line)] == ["miss", "miss"]
+        assert not slow.done()
+        gate.set()
+        await slow
+
+    asyncio.run(scenario())
 
 
 def test_reading_members_has_a_limit(start):

@@ -105,6 +105,24 @@ def test_staging_never_waits_and_merges_once(folders):
     assert checked == ["a", "b"]
 
 
+def test_one_given_up_in_the_middle_is_joined_by_whoever_asks_again(folders):
+    gate, checked = threading.Event(), []
+
+    def check(adapter: LoraAdapter) -> None:
+        checked.append(adapter.name)
+        assert gate.wait(30)
+
+    staging, recipe = area(check), recipe_of(folders)
+    stage(staging, recipe, "one")
+    while not checked:
+        time.sleep(0.001)
+    assert staging.discard(recipe.merge_id, "one")
+    assert stage(staging, recipe, "two") == PENDING
+    gate.set()
+    assert finished(staging, recipe, "two")["state"] == "ready"
+    assert checked == ["a", "b"]  # not a thread more
+
+
 def test_it_lives_as_long_as_somebody_holds_it(folders):
     staging, recipe = area(), recipe_of(folders)
     finished(staging, recipe, "one")
