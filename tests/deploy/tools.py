@@ -1,0 +1,21 @@
+"""The programs that set-up puts into .venv/deploy-tools/."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def tool(name: str) -> str:
+    """Return the path of a program. Where set-up could not get it: skip, in CI fail."""
+    path = ROOT / ".venv" / "deploy-tools" / name
+    if path.exists():
+        return str(path)
+    reason = f"{name} is not in .venv/deploy-tools/; `make setup` says why"
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
