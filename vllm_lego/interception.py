@@ -208,6 +208,8 @@ class Interception:
         body = with_model(rest, serving.model)
         headers = [(k, v) for k, v in scope["headers"] if k.lower() not in _OF_THE_OLD_BODY]
         headers.append((b"content-length", str(len(body)).encode()))
+        if scope["path"].endswith(_INVOCATIONS):
+            headers.append((_SAGEMAKERS_ADAPTER, serving.model.encode()))
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start" and serving.result is not None:
@@ -221,7 +223,8 @@ class Interception:
         await self.app({**scope, "headers": headers}, replay(body, receive), send_with_headers)
 
 
-# SageMaker's route takes the model from this header, where there is one, not from the body.
+# SageMaker's route takes the model from this header alone. Without it, it serves the base model,
+# whatever the body says; to us a body's model counts then, as on every other route.
 _INVOCATIONS, _SAGEMAKERS_ADAPTER = "/invocations", b"x-amzn-sagemaker-adapter-identifier"
 _OF_THE_OLD_BODY = (
     b"content-length",

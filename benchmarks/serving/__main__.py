@@ -114,7 +114,9 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=4, help="streams that run")
     parser.add_argument("--joins", type=int, default=4, help="requests that join in each round")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of each condition")
-    parser.add_argument("--tokens", type=int, default=4000, help="of each stream at most")
+    parser.add_argument(
+        "--tokens", type=int, default=4000, help="of a stream, which then begins again"
+    )
     parser.add_argument("--idle-s", type=float, default=3.0, help="seconds of a round of `idle`")
     parser.add_argument("--limit-s", type=float, default=1500, help="start nothing after this time")
     parser.add_argument("--server-args", default="", help="more arguments of `vllm serve`")

@@ -189,6 +189,7 @@ def test_sagemakers_route_takes_the_model_from_a_header():
     assert sent[1]["body"] == b'{"model": "lego-0123456789abcdef"}'
     assert sent[0]["headers"] == [
         (b"content-length", b"34"),
+        (b"x-amzn-sagemaker-adapter-identifier", b"lego-0123456789abcdef"),
         (b"x-lego-model", b"lego-0123456789abcdef"),
         (b"x-lego-cache", b"hit"),
     ]
