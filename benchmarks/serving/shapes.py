@@ -47,6 +47,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(hidden=256, intermediate=512, layers=2, heads=4, kv_heads=2),
+    "smollm2": Shape(hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3),
     "1b": Shape(hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8),
     "8b": Shape(hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -25,14 +26,22 @@ def run(module: str, out: Path) -> dict[str, Any]:
     return found
 
 
-def test_the_stall_table(tmp_path):
+def test_the_serving_tables(tmp_path):
     result = run("benchmarks.serving", tmp_path)
-    assert set(result["conditions"]) == {"idle", "cached", "cold", "first", "stock"}
-    for condition, (measured,) in result["conditions"].items():
-        assert measured["tokens"] > 0
-        assert measured["longest_ms"] >= measured["p99_ms"] >= measured["median_ms"] >= 0
-        assert len(measured["ttft_ms"]) == (0 if condition == "idle" else 2)
-    assert "| cold |" in (tmp_path / "stall.md").read_text()
+    figures = result["figures"]
+    assert {one["table"] for one in figures} == {"S1", "S2", "S3", "S4", "S5", "S8"}
+    for one in figures:
+        assert len(one["lego"]) == len(one["peer"]) == 1, one
+        assert all(math.isfinite(value) for value in one["lego"] + one["peer"]), one
+        assert one["peer"][0] > 0, one
+    cases = {one["case"] for one in figures if one["table"] == "S4"}
+    assert cases == {
+        "members on the device",
+        "members in host memory",
+        "members on disk",
+        "in the store",
+    }
+    assert "| S3 | cold sets arrive |" in (tmp_path / "serving.md").read_text()
 
 
 def test_a_short_soak(tmp_path):

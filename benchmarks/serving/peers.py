@@ -1,0 +1,94 @@
+"""The two servers that are compared: vLLM with the plugin, and stock vLLM.
+
+Both run at once, on one device, and are asked in turn: whatever changes there meets both. The one
+that is not asked computes nothing.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from vllm_lego.demo.server import ServerProcess, server_environment
+
+MODEL = "base"
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """The servers, ready."""
+
+    lego: ServerProcess
+    stock: ServerProcess
+
+
+@contextmanager
+def running(
+    model: Path,
+    natives: Mapping[str, Path],
+    adapters: Mapping[str, Path],
+    settings: Mapping[str, str],
+    arguments: Sequence[str],
+) -> Iterator[Peers]:
+    """Start both, and stop them in the end.
+
+    Args:
+        model: both serve it.
+        natives: adapters that stock vLLM loads at its start.
+        adapters: what the plugin may merge, all of it in one folder; it loads none at its start.
+        settings: the plugin's, `VLLM_LEGO_…`.
+        arguments: of both.
+    """
+    both = [
+        str(model),
+        f"--served-model-name={MODEL}",
+        "--dtype=bfloat16",
+        "--max-model-len=8192",
+        "--enable-lora",
+        *_of_the_device(),
+        *arguments,
+    ]
+    named = ["--lora-modules", *(f"{name}={path}" for name, path in natives.items())]
+    (folder,) = {path.parent for path in adapters.values()}
+    lego = ServerProcess(
+        both,
+        server_environment("lego") | {"VLLM_LEGO_ADAPTER_DIR": str(folder)} | dict(settings),
+        progress=print,
+    )
+    stock = ServerProcess(
+        [*both, *named], server_environment("") | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    )
+    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
+        for started in [pool.submit(stack.enter_context, server) for server in (lego, stock)]:
+            started.result()
+        yield Peers(lego, stock)
+
+
+def device_bytes() -> int | None:
+    """Return the memory in use on the GPU, by everybody; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    command = shlex.split("nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits")
+    used = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return int(used.split()[0]) << 20
+
+
+def resident_bytes(server: ServerProcess) -> int:
+    """Return the memory of a server's processes, what they share counted once for each."""
+    processes = psutil.Process(server.session)
+    return sum(p.memory_info().rss for p in [processes, *processes.children(recursive=True)])
+
+
+def _of_the_device() -> list[str]:
+    if not torch.cuda.is_available():
+        return ["--enforce-eager"]
+    # Given, not measured: each would take the other's memory for its own.
+    return ["--gpu-memory-utilization=0.3", f"--kv-cache-memory-bytes={12 << 30}"]
