@@ -116,7 +116,7 @@ class Figures:
         axes.set_yticks(range(len(drawn)), [f"{f.table} {f.case}, {f.measure}" for f in drawn])
         axes.set_xscale("log")
         axes.axvline(1, color="gray", linewidth=0.5)
-        axes.set_xlabel("plugin / peer; bar: goal, diamond: median, dots: rounds; red: missed")
+        axes.set_xlabel("plugin / peer\nbar: goal, diamond: median, dots: rounds, red: missed")
         figure.savefig(self._folder / "serving.png", dpi=120)
         plt.close(figure)
 

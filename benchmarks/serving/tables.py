@@ -122,18 +122,18 @@ class Comparison:
         )
         cold = [join_with({"adapters": self._set(i, next(self._weights))}) for i in range(joins)]
         conditions: dict[str, Sequence[Join]] = {
-            "nothing": [],
-            "cached sets": [join_with({"adapters": self._set(0)})] * joins,
-            "cold sets": cold,
+            "nothing arrives": [],
+            "cached sets arrive": [join_with({"adapters": self._set(0)})] * joins,
+            "cold sets arrive": cold,
         }
         if len(self._unseen) >= _JOINING * (joins + STORED):
-            conditions["cold sets of new adapters"] = [
+            conditions["cold sets of new adapters arrive"] = [
                 join_with({"adapters": [self._unseen.pop() for _ in range(_JOINING)]})
                 for _ in range(joins)
             ]
         for case, joining in conditions.items():
             found = await self._stall(lego, joining)
-            goal = "<= 0.2" if case == "cold sets" else ""
+            goal = "<= 0.2" if case == "cold sets arrive" else ""
             measures = {
                 "longest gap": ("ms", goal, found["longest_ms"], peer["longest_ms"]),
                 "p99 gap": ("ms", goal, found["p99_ms"], peer["p99_ms"]),
@@ -141,7 +141,7 @@ class Comparison:
             if joining:
                 waits = [statistics.median(one["ttft_ms"]) for one in (found, peer)]
                 measures["first token, median"] = ("ms", "", waits[0], waits[1])
-            self._figures.add("S3", f"{case} arrive", measures)
+            self._figures.add("S3", case, measures)
 
     async def _s4(self) -> None:
         lego = self._clients[0]
