@@ -57,14 +57,14 @@ def forwarded(headers: Headers) -> Headers:
 
 def span(name: str, **attributes: Any) -> AbstractContextManager[Any]:
     """Return a span below the current one, if there is one; its attributes are as `annotate` has them."""
-    if _api is None or not _api.trace.get_current_span().get_span_context().is_valid:
+    if not _has_parent():
         return nullcontext()
     return _started(name, attributes=_named(attributes))
 
 
 def past_span(name: str, began: float, seconds: float) -> None:
-    """Make a span, below the current one, of what began then (`time.perf_counter`) and is over."""
-    if _api is None:
+    """As `span`, of what began then (`time.perf_counter`) and is over."""
+    if not _has_parent():
         return
     start_ns = time.time_ns() - int((time.perf_counter() - began) * 1e9)
     over = _api.trace.get_tracer("vllm_lego").start_span(name, start_time=start_ns)
@@ -94,6 +94,10 @@ def line(**fields: Any) -> str:
         f"{key}={text if _PLAIN.fullmatch(text) else json.dumps(text)}"
         for key, text in texts.items()
     )
+
+
+def _has_parent() -> bool:
+    return _api is not None and _api.trace.get_current_span().get_span_context().is_valid
 
 
 def _started(name: str, **how: Any) -> AbstractContextManager[Any]:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -89,17 +90,20 @@ def test_what_a_server_was_started_with(start):
 
 
 def test_requests_that_wait_for_a_merge_are_counted_each(start):
+    in_progress = "vllm_lego_merges_in_progress"
+
     async def scenario():
-        service, _ = start()
+        read_on = threading.Event()  # the members are not loaded before
+        service, _ = start(lambda adapter: read_on.wait(60))
         first, second = (asyncio.create_task(use(service, "ab")) for _ in range(2))
         other = asyncio.create_task(use(service, "cd"))
-        await until(lambda: waiting() == (3, 0, 0))
-        assert value("vllm_lego_merges_in_progress") == 2
+        await until(lambda: waiting() == (3, 0, 0) and value(in_progress) == 2)
         second.cancel()
         await asyncio.wait([second])
         assert waiting() == (2, 0, 0)
+        read_on.set()
         await asyncio.gather(first, other)
-        assert waiting() == (0, 0, 0)
+        assert (waiting(), value(in_progress)) == ((0, 0, 0), 0)
 
     asyncio.run(scenario())
 
@@ -185,7 +189,7 @@ def test_the_stores_reads_and_writes_are_timed(start, tmp_path):
     asyncio.run(scenario())
 
 
-PROCESS = """
+API_SERVER = """
 import sys
 from vllm_lego.metrics import Metrics
 metrics = Metrics()
@@ -194,45 +198,27 @@ metrics.slots_in_use.set(1)
 metrics.waiting.labels("slot").set(3)
 metrics.set_tier("host", 5, int(sys.argv[1]))
 metrics.wait_seconds.labels("slot").observe(1)
-input()  # a gauge is of living processes
 """
 
 
 def test_several_api_servers_are_one_server_to_prometheus(tmp_path):
     """As vLLM collects them: from files, one a process."""
     environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    servers = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, nbytes],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for nbytes in ("10", "30")
-    ]
+    for nbytes in "10", "30":
+        subprocess.run([sys.executable, "-c", API_SERVER, nbytes], env=environment, check=True)
     registry = CollectorRegistry()
     MultiProcessCollector(registry, path=str(tmp_path))
 
     def of_both(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(name, labels)
 
-    async def scenario():
-        try:
-            await until(lambda: of_both("vllm_lego_wait_seconds_count", reason="slot") == 2)
-            assert of_both("vllm_lego_slots") == 4
-            assert of_both("vllm_lego_slots_in_use") == 2
-            assert of_both("vllm_lego_waiting_requests", reason="slot") == 6
-            assert of_both("vllm_lego_cache_capacity_bytes", tier="device") == 500
-            assert of_both("vllm_lego_cache_bytes", tier="host") == 30
-            assert of_both("vllm_lego_cache_entries", tier="host") == 5
-            shown = dict(exposed(registry.collect()))
-            assert shown == documented()
-            (info,) = [
-                s for m in registry.collect() if m.name == "vllm_lego_info" for s in m.samples
-            ]
-            assert info.value == 1
-        finally:
-            for server in servers:
-                server.communicate(b"\n", timeout=20)
-
-    asyncio.run(scenario())
+    assert of_both("vllm_lego_wait_seconds_count", reason="slot") == 2
+    assert of_both("vllm_lego_slots") == 4
+    assert of_both("vllm_lego_slots_in_use") == 2
+    assert of_both("vllm_lego_waiting_requests", reason="slot") == 6
+    assert of_both("vllm_lego_cache_capacity_bytes", tier="device") == 500
+    assert of_both("vllm_lego_cache_bytes", tier="host") == 30
+    assert of_both("vllm_lego_cache_entries", tier="host") == 5
+    assert dict(exposed(registry.collect())) == documented()
+    (info,) = [s for m in registry.collect() if m.name == "vllm_lego_info" for s in m.samples]
+    assert info.value == 1
