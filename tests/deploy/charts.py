@@ -60,9 +60,14 @@ def of_kind(manifests: list[dict[str, Any]], kind: str) -> dict[str, Any]:
     return manifest
 
 
+def pod(manifests: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what the Deployment says of its pods."""
+    return of_kind(manifests, "Deployment")["spec"]["template"]["spec"]
+
+
 def server(manifests: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the server's container."""
-    (container,) = of_kind(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
+    (container,) = pod(manifests)["containers"]
     return container
 
 
