@@ -32,8 +32,9 @@ def helm(name: str, *arguments: str, environment: dict[str, str] | None = None) 
     Raises:
         ChartError: it failed.
     """
+    command = [tool(name), *arguments]
     done = subprocess.run(
-        [tool(name), *arguments], capture_output=True, text=True, check=False, env=environment
+        command, capture_output=True, text=True, check=False, env=environment, timeout=60
     )
     if done.returncode:
         raise ChartError(done.stderr)
