@@ -1,0 +1,354 @@
+"""The Helm chart: what the real helm 3 and 4 make of it, and what they must refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import promql_parser
+import pytest
+import yaml
+
+from lego_core.adapter_config import CONFIG_FILE
+from tests.deploy.charts import (
+    CHART,
+    HELMS,
+    VALUES,
+    ChartError,
+    helm,
+    of_kind,
+    plain_environment,
+    pod,
+    render,
+    server,
+)
+from tests.deploy.manifests import problems
+from tests.deploy.schemas import VERSIONS, schema_problems
+from tests.deploy.tools import ROOT
+from tests.hub_server import NEW, OLD, REPO, Hub, plain
+from vllm_lego.demo.server import shipped_adapters
+from vllm_lego.policy import read_policy
+from vllm_lego.serve import plan
+from vllm_lego.settings import Settings, size
+
+EVERY = pytest.mark.parametrize("values", VALUES)
+BOTH = pytest.mark.parametrize("by", HELMS)
+USUAL = {"ServiceAccount", "PodDisruptionBudget", "Pod"}
+MADE = {  # what each values file must make, beside Deployment and Service
+    "minimal": USUAL,
+    "cpu": USUAL,
+    "keda": {"ScaledObject", "ServiceMonitor", "NetworkPolicy", "ConfigMap"},
+    "shared-store": USUAL | {"PersistentVolumeClaim"},
+    "everything": {
+        *USUAL,
+        *("PersistentVolumeClaim", "ConfigMap", "NetworkPolicy", "HorizontalPodAutoscaler"),
+        *("ServiceMonitor", "PrometheusRule"),
+    },
+}
+
+
+def _generate() -> Any:
+    spec = importlib.util.spec_from_file_location("generate", CHART.parent / "generate.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+GENERATE = _generate()
+
+
+@BOTH
+@EVERY
+def test_lint_has_nothing_to_say(by, values):
+    helm(by, "lint", "--strict", str(CHART), f"--values={VALUES[values]}")
+
+
+@EVERY
+def test_what_it_makes_is_valid(values):
+    manifests = render(values)
+    assert {m["kind"] for m in manifests} == {"Deployment", "Service"} | MADE[values]
+    assert [p for v in VERSIONS for m in manifests for p in schema_problems(m, v)] == []
+    assert problems(manifests) == []
+    assert render(values, by="helm3") == manifests
+
+
+def test_generating_again_changes_nothing():
+    for path, content in GENERATE.generated().items():
+        assert path.read_text() == content, f"run {Path(GENERATE.__file__).relative_to(ROOT)}"
+
+
+def test_no_value_goes_untested():
+    """Each is set in one of the values files that these tests render."""
+
+    def leaves(values: dict[str, Any], path: str = "") -> set[str]:
+        found = set()
+        for key, value in values.items():
+            name = f"{path}.{key}" if path else key
+            found |= leaves(value, name) if isinstance(value, dict) and value else {name}
+        return found
+
+    defaults = leaves(yaml.safe_load((CHART / "values.yaml").read_text()))
+    given = set().union(*(leaves(yaml.safe_load(file.read_text())) for file in VALUES.values()))
+    untouched = {d for d in defaults if not any(g == d or g.startswith(d + ".") for g in given)}
+    # Kept as they are by everybody: what the chart's security rests on.
+    assert [u for u in sorted(untouched) if not u.startswith(("securityC", "podSecurityC"))] == []
+
+
+@pytest.mark.parametrize("setting", dataclasses.fields(Settings), ids=lambda s: s.name)
+def test_each_setting_reaches_the_plugin(setting):
+    kind = setting.metadata["kind"]
+    given: dict[Any, list[Any]] = {
+        size: ["3GiB", "5MB", 12_345_678_901],
+        int: [7, 3_000_000],
+        float: [0.25, 90, 1_500_000.5],
+        str: ["/a b/c, d"],
+    }
+    for value in given[kind]:
+        change = {f"lego.{GENERATE.value_name(setting.name)}": value, "store.size": "20Ti"}
+        found = Settings.from_environment(plain_environment(server(render(changes=change))))
+        wanted = size(str(value)) if kind is size else value
+        default = Settings(store_dir="/store")
+        assert found == dataclasses.replace(default, **{setting.name: wanted})
+
+
+def test_by_default_the_settings_are_the_plugins():
+    for by in HELMS:
+        environment = plain_environment(server(render("minimal", by=by)))
+        assert Settings.from_environment(environment) == Settings(store_dir="/store")
+
+
+def test_everything_is_what_the_file_says():
+    environment = plain_environment(server(render("everything")))
+    given = yaml.safe_load(VALUES["everything"].read_text())["lego"]
+    names = {GENERATE.value_name(s.name): s for s in dataclasses.fields(Settings)}
+    wanted = {
+        names[k].name: v if names[k].metadata["kind"] is not size else size(str(v))
+        for k, v in given.items()
+    }
+    folders = {
+        "adapter_dir": "/adapters",
+        "store_dir": "/store",
+        "policy_file": "/etc/vllm-lego/policy.toml",
+    }
+    assert Settings.from_environment(environment) == Settings(**wanted, **folders)
+    assert set(wanted | folders) == {s.name for s in dataclasses.fields(Settings)}
+
+
+@pytest.fixture(scope="module")
+def vllm_parser() -> Any:
+    """The parser of `vllm serve`."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser  # noqa: PLC0415  slow
+    from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: PLC0415
+
+    return make_arg_parser(FlexibleArgumentParser())
+
+
+@EVERY
+def test_the_command_line_is_accepted(values, vllm_parser, tmp_path):
+    """By `vllm-lego serve` first, then by vLLM; the pod's folders are elsewhere here."""
+    manifests = render(values)
+    container = server(manifests)
+    environment = plain_environment(container)
+    for adapter in shipped_adapters().values():
+        (tmp_path / "adapters" / adapter.name).mkdir(parents=True)
+        for file in adapter.iterdir():
+            (tmp_path / "adapters" / adapter.name / file.name).symlink_to(file)
+    if environment.pop("VLLM_LEGO_POLICY_FILE", None):
+        for policy in (m for m in manifests if m["metadata"]["name"].endswith("-policy")):
+            (tmp_path / "policy.toml").write_text(policy["data"]["policy.toml"])
+            environment["VLLM_LEGO_POLICY_FILE"] = str(tmp_path / "policy.toml")
+            assert len(read_policy(Settings.from_environment(environment)).rules) == 1
+    if "VLLM_LEGO_ADAPTER_DIR" in environment:
+        environment["VLLM_LEGO_ADAPTER_DIR"] = str(tmp_path / "adapters")
+    launch = plan(container["args"], environment)
+    options = vllm_parser.parse_args(launch.arguments)
+    given = yaml.safe_load(VALUES[values].read_text())
+    assert options.model_tag == given["modelURL"]
+    assert options.port == container["ports"][0]["containerPort"]
+    assert options.enable_lora
+    for key, value in given.get("vllmConfig", {}).items():
+        if key != "extraArgs":
+            snake = "".join(f"_{c.lower()}" if c.isupper() else c for c in key)
+            assert getattr(options, snake) == value, key
+    modules = [(m.name, m.path) for m in options.lora_modules or []]
+    assert modules == [(m["name"], m["path"]) for m in given.get("loraModules", [])]
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "both autoscalers": ("keda", {"autoscaling.enabled": True}, "two autoscalers"),
+    "no replicas between": ("keda", {"keda.minReplicaCount": 9}, "at least 9 replicas"),
+    "asleep for ever": ("keda", {"keda.query": ""}, "none would ever start"),
+    "store not shared": ("shared-store", {"store.accessModes": ["ReadWriteOnce"]}, "ReadWriteMany"),
+    "store of nobody": ("minimal", {"store.existingClaim": "merges"}, "only for store.type shared"),
+    "store too small": ("minimal", {"store.size": "15Gi"}, "cannot hold lego.storeBytes"),
+    "store too large": ("minimal", {"lego.storeBytes": "21.5GB"}, "storeBytes"),
+    "store just too large": ("minimal", {"lego.storeBytes": 21474836481}, "cannot hold"),
+    "limit of no store": ("minimal", {"store.type": "none", "lego.storeBytes": "1GiB"}, "a store that is not there"),
+    "model cache not shared": ("shared-store", {"pvcExistingClaim": "", "pvcStorage": "9Gi"}, "3 replicas share"),
+    "two sources": ("everything", {"adapters.existingClaim": "a"}, "adapters.existingClaim is read-only"),
+    "no time to drain": ("everything", {"vllmConfig.shutdownTimeout": 671}, "at least preStop"),
+    "hasty liveness": ("minimal", {"livenessProbe.failureThreshold": 1}, "would restart a busy"),
+    "gpus unequal": ("minimal", {"resources.requests": {"nvidia.com/gpu": 2}}, "wants them equal"),
+    "gpus unlimited": ("cpu", {"resources.requests": {"amd.com/gpu": 1}}, "but no limit"),
+    "too few gpus": ("minimal", {"vllmConfig.tensorParallelSize": 2}, "as many GPUs"),
+    "no rollout": (
+        "minimal",
+        {"deploymentStrategy": {"rollingUpdate": {"maxSurge": 0, "maxUnavailable": 0}}},
+        "no rollout can begin",
+    ),
+    "no model": ("minimal", {"modelURL": ""}, "name the base model"),
+    "api key in plain text": ("minimal", {"vllmApiKey": "sk-secret"}, "vllmApiKey"),
+    "token in plain text": ("minimal", {"hf_token": "hf_secret"}, "hf_token"),
+    "secret as an argument": ("minimal", {"vllmConfig.extraArgs": ["--api-key=x"]}, "extraArgs"),
+    "secret as a variable": ("minimal", {"env": [{"name": "HF_TOKEN", "value": "x"}]}, "env"),
+    "unknown key": ("minimal", {"replicas": 2}, "replicas"),
+    "unknown key below": ("minimal", {"vllmConfig.maxModelLength": 9}, "maxModelLength"),
+    "unknown setting": ("minimal", {"lego.cacheBytes": "1GiB"}, "cacheBytes"),
+    "setting out of range": ("minimal", {"lego.maxAdapters": 0}, "maxAdapters"),
+    "setting of another kind": ("minimal", {"lego.mergeThreads": "two"}, "mergeThreads"),
+    "size that is none": ("minimal", {"lego.hostCacheBytes": "2 gigs"}, "hostCacheBytes"),
+    "setting as a variable": ("minimal", {"env": [{"name": "VLLM_LEGO_RANK", "value": "8"}]}, "env"),
+    "argument with a value": ("minimal", {"vllmConfig.extraArgs": ["--port=1"]}, "extraArgs"),
+    "rank that vLLM lacks": ("minimal", {"vllmConfig.maxLoraRank": 10}, "maxLoraRank"),
+    "port": ("minimal", {"servicePort": 65536}, "servicePort"),
+    "quantity": ("minimal", {"shmSize": "8GiB"}, "shmSize"),
+    "name": ("minimal", {"pvcExistingClaim": "My_Claim"}, "pvcExistingClaim"),
+    "replicas": ("minimal", {"replicaCount": -1}, "replicaCount"),
+    "type of store": ("minimal", {"store.type": "nfs"}, "store"),
+    "digest": ("minimal", {"image.digest": "latest"}, "digest"),
+    "way out of the folder": (
+        "everything",
+        {"adapters.download": [{"name": "../x", "repository": "a/b"}]},
+        "adapters",
+    ),
+}  # fmt: skip
+
+
+@BOTH
+@pytest.mark.parametrize("nonsense", REFUSED)
+def test_nonsense_is_refused(by, nonsense):
+    values, changes, said = REFUSED[nonsense]
+    with pytest.raises(ChartError) as refused:
+        render(values, changes, by)
+    assert said in str(refused.value)
+
+
+def test_secrets_come_by_reference_and_nothing_else():
+    container = server(render("everything"))
+    secrets = {
+        v["name"]: v["valueFrom"]["secretKeyRef"] for v in container["env"] if "valueFrom" in v
+    }
+    assert secrets == {
+        "VLLM_API_KEY": {"name": "clients", "key": "api.key"},
+        "HF_TOKEN": {"name": "hub", "key": "hf"},
+        "AWS_SECRET_KEY": {"name": "s3", "key": "secret"},
+    }
+    # Those who fetch and try need one each.
+    init = pod(render("everything"))["initContainers"][0]
+    assert {v["name"] for v in init["env"] if "valueFrom" in v} == {"HF_TOKEN"}
+    hook = of_kind(render("everything"), "Pod")["spec"]["containers"][0]
+    assert {v["name"] for v in hook["env"] if "valueFrom" in v} == {"VLLM_API_KEY"}
+
+
+def test_the_folders_that_may_be_written():
+    manifests = render("shared-store")
+    mounts = {m["mountPath"]: m for m in server(manifests)["volumeMounts"]}
+    writable = {path for path, mount in mounts.items() if not mount.get("readOnly")}
+    assert writable == {"/tmp", "/home/vllm", "/dev/shm", "/models", "/store"}  # noqa: S108
+    assert mounts["/adapters"]["subPath"] == "production"
+    claims = {
+        v["name"]: v["persistentVolumeClaim"]["claimName"]
+        for v in pod(manifests)["volumes"]
+        if "persistentVolumeClaim" in v
+    }
+    assert claims == {"models": "models", "adapters": "adapters", "store": "lego-vllm-lego-store"}
+    assert of_kind(manifests, "PersistentVolumeClaim")["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+def test_time_to_start_and_to_end():
+    manifests = render("minimal")
+    container, deployment = server(manifests), of_kind(manifests, "Deployment")["spec"]
+    start = container["startupProbe"]
+    assert start["periodSeconds"] * start["failureThreshold"] == 30 * 60
+    assert deployment["progressDeadlineSeconds"] > 30 * 60
+    assert pod(manifests)["terminationGracePeriodSeconds"] == 15 + 300 + 30
+    assert deployment["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+    alone = render("minimal", {"pvcStorage": "100Gi"})
+    assert of_kind(alone, "Deployment")["spec"]["strategy"] == {"type": "Recreate"}
+
+
+def test_an_autoscaler_has_the_replicas_to_itself():
+    assert of_kind(render("shared-store"), "Deployment")["spec"]["replicas"] == 3
+    for values in ("everything", "keda"):
+        assert "replicas" not in of_kind(render(values), "Deployment")["spec"]
+
+
+def test_keda_asks_prometheus_something_it_understands():
+    changes = {"keda.query": "", "keda.minReplicaCount": 1}
+    (trigger,) = of_kind(render("keda", changes), "ScaledObject")["spec"]["triggers"]
+    query = trigger["metadata"]["query"]
+    promql_parser.parse(query)
+    assert query == 'sum(vllm:num_requests_waiting{namespace="llm",pod=~"sets-.*"})'
+
+
+def test_other_rules_make_other_pods():
+    """They are read at start, so a change must start new ones."""
+    change = {"policy": '[[allow]]\nadapters = ["*"]\n'}
+    one, other = (of_kind(render("everything", c), "Deployment") for c in ({}, change))
+    annotations = [d["spec"]["template"]["metadata"]["annotations"] for d in (one, other)]
+    assert annotations[0]["checksum/policy"] != annotations[1]["checksum/policy"]
+
+
+def test_rules_and_dashboard_arrive_as_they_are():
+    manifests = render("everything")
+    rules = yaml.safe_load((CHART / "files" / "rules.yaml").read_text())
+    assert of_kind(manifests, "PrometheusRule")["spec"] == rules
+    assert "$labels" in json.dumps(rules)
+    (board,) = (m for m in manifests if m["metadata"]["name"].endswith("-dashboard"))
+    assert board["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert board["data"]["vllm-lego.json"] == (CHART / "files" / "dashboard.json").read_text()
+
+
+def test_the_init_container_fetches_adapters(hub: Hub, tmp_path):
+    hub.push(OLD, plain(1))
+    hub.push(NEW, plain(2), branch="v1.2")
+    (download,) = (
+        c for c in pod(render("everything"))["initContainers"] if c["name"] == "adapters"
+    )
+    wanted = json.loads(plain_environment(download)["ADAPTERS"])
+    for adapter in wanted:  # from the only repository of the local hub
+        adapter["repository"] = REPO
+    environment = os.environ | {
+        "ADAPTERS": json.dumps(wanted),
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "models"),
+        "HF_HUB_OFFLINE": "0",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, *download["command"][1:-1], str(tmp_path / "adapters")]
+    subprocess.run(command, env=environment, check=True)
+    for name, files in {"sql": plain(2), "json_mode": plain(1)}.items():
+        folder = tmp_path / "adapters" / name
+        assert {f.name: f.read_bytes() for f in folder.iterdir()} == files
+        assert not (folder / CONFIG_FILE).is_symlink()
+
+
+def test_the_cpu_values_prepare_the_embedded_model(tmp_path):
+    (init,) = pod(render("cpu"))["initContainers"]
+    link, adapters = tmp_path / "embedded", tmp_path / "adapters"
+    command = [sys.executable, *init["command"][1:-2], str(link), str(adapters)]
+    for _ in range(2):  # a pod may run it again
+        subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    assert (link / "model.safetensors").is_file()
+    assert {folder.name for folder in adapters.iterdir()} == set(shipped_adapters())
+    assert init["command"][-2:] == [server(render("cpu"))["args"][0], "/adapters"]
+    assert "resources" in init
+    assert "nvidia.com/gpu" not in server(render("cpu"))["resources"]["limits"]
