@@ -4,8 +4,8 @@
 
 Two replicas of a small random Llama behind `vllm-router`; 40 pairs of ten adapters, each asked for
 five times in one random order, four requests at a time. A replica keeps about half of the sets in
-host memory, fewer on its device, and starts each run empty. Each policy of the router is measured
-without a store, two of them with a store that the replicas share.
+host memory, fewer on its device, and starts each run empty. Policies of the router are measured
+without a store and with one that the replicas share.
 """
 
 from __future__ import annotations
@@ -25,15 +25,10 @@ from benchmarks.affinity.replicas import SETS, TIERS, measure, replicas, router
 from vllm_lego.demo.model import embedded_model
 
 RESULTS = Path(__file__).parents[1] / "results" / "affinity"
-POLICIES = (
-    "round_robin",
-    "random",
-    "power_of_two",
-    "cache_aware",
-    "consistent_hash",
-    "sticky_least_loaded",
-)
-STORES = {"none": POLICIES, "shared": ("round_robin", "consistent_hash")}
+STORES = {  # the router's policies to measure, by what the replicas share
+    "none": ("round_robin", "cache_aware", "consistent_hash", "sticky_least_loaded"),
+    "shared": ("round_robin", "consistent_hash"),
+}
 
 
 def main() -> int:
@@ -53,8 +48,9 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             where = Path(folder) / "store" if store == "shared" else None
             with replicas(Path(folder), embedded_model(), store=where) as servers:
+                urls = [server.url for server in servers]
                 for policy in policies:
-                    with router(policy, servers) as process:
+                    with router(policy, urls) as process:
                         run = measure(
                             process.url, servers, repeats=options.repeats, clients=options.clients
                         )

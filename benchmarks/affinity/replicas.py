@@ -47,6 +47,7 @@ def replicas(folder: Path, tokenizer: Path, *, store: Path | None) -> Iterator[l
     arguments = [
         str(write_model(SHAPES["tiny"], folder / "model", tokenizer, weights=True)),
         f"--served-model-name={MODEL}",
+        f"--chat-template={tokenizer / 'chat_template.jinja'}",
         "--dtype=float32",  # bfloat16 would turn near-ties when a batch is another
         "--enforce-eager",
         "--max-model-len=256",
@@ -70,8 +71,8 @@ def replicas(folder: Path, tokenizer: Path, *, store: Path | None) -> Iterator[l
         yield servers
 
 
-def router(policy: str, servers: Sequence[ServerProcess]) -> ServerProcess:
-    """Return `vllm-router` in front of these servers; enter it to start it."""
+def router(policy: str, urls: Sequence[str], *flags: str) -> ServerProcess:
+    """Return `vllm-router` in front of the servers at these URLs; enter it to start it."""
     with socket.socket() as free:  # its metrics' port is fixed unless given
         free.bind(("127.0.0.1", 0))
         metrics_port = free.getsockname()[1]
@@ -80,8 +81,9 @@ def router(policy: str, servers: Sequence[ServerProcess]) -> ServerProcess:
         "--worker-startup-check-interval=1",
         "--log-level=warning",
         f"--prometheus-port={metrics_port}",
+        *flags,
         "--worker-urls",
-        *(server.url for server in servers),
+        *urls,
     ]
     return ServerProcess(arguments, os.environ, command=("-m", "vllm_router.launch_router"))
 

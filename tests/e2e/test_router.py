@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import httpx
@@ -11,6 +15,7 @@ import pytest
 
 from benchmarks.affinity.replicas import (
     HEADERS,
+    KEY,
     MODEL,
     SETS,
     affinity_key,
@@ -23,6 +28,16 @@ from benchmarks.affinity.replicas import (
 )
 from vllm_lego.demo.server import ServerProcess
 
+ROUTES = {  # whether `adapters` reaches the replica, and whether the client's key does
+    "/v1/completions": (True, True),
+    "/v1/chat/completions": (True, True),
+    "/v1/embeddings": (False, True),
+    "/v1/responses": (True, False),
+    "/v1/messages": (True, False),
+    "/pooling": (True, False),
+    "/tokenize": (True, False),
+    "/v1/adapters/merge": (True, False),
+}
 PROMPT = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 8, "temperature": 0}
 
 
@@ -39,10 +54,42 @@ def routed(pair: list[ServerProcess]) -> Iterator[httpx.Client]:
     """The router with affinity, over replicas that have merged nothing."""
     forget(pair)
     with (
-        router("consistent_hash", pair) as process,
+        router("consistent_hash", urls(pair)) as process,
         httpx.Client(base_url=process.url, headers=HEADERS, timeout=120) as http,
     ):
         yield http
+
+
+def urls(servers: list[ServerProcess]) -> list[str]:
+    return [server.url for server in servers]
+
+
+class Echo(BaseHTTPRequestHandler):
+    """Answers with the body and the headers it was sent."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        sent = self.rfile.read(int(self.headers["content-length"]))
+        headers = [name.lower() for name in self.headers]
+        answer = json.dumps({"body": json.loads(sent), "headers": headers}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@contextmanager
+def echo() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 def direct(server: ServerProcess, **fields: Any) -> httpx.Response:
@@ -60,7 +107,7 @@ def test_affinity_merges_each_set_on_one_replica_only(pair):
     """200 requests of 40 sets, of which a replica keeps about half."""
     measured = {}
     for policy in ("round_robin", "consistent_hash"):
-        with router(policy, pair) as process:
+        with router(policy, urls(pair)) as process:
             measured[policy] = measure(process.url, pair, repeats=5, clients=4)
     without, with_affinity = measured["round_robin"], measured["consistent_hash"]
     # The same answers, whichever replica gave them: 40 sets have 40 names and their own tokens.
@@ -120,15 +167,37 @@ def test_errors_pass_through(routed):
     assert wrong.status_code == 401
 
 
-def test_a_set_merged_ahead_through_the_router_is_a_hit(pair, routed):
+def test_merging_ahead_through_the_router_takes_a_key_of_its_own(pair, routed):
+    """It hands the client's key on with completions and chat alone, see the next test."""
     names = ["adapter3", "adapter4"]
     key = {"x-session-id": affinity_key(names)}
     ahead = routed.post("/v1/adapters/merge", json={"adapters": names}, headers=key)
+    assert ahead.status_code == 401
+    with router("consistent_hash", urls(pair), f"--api-key={KEY}") as process:
+        url = process.url + "/v1/adapters/merge"
+        ahead = httpx.post(url, json={"adapters": names}, headers=key, timeout=120)
     assert ahead.status_code == 200, ahead.text
     answer = routed.post("/v1/completions", json=PROMPT | {"adapters": names[::-1]}, headers=key)
     assert answer.headers["x-lego-model"] == ahead.json()["id"]
     assert answer.headers["x-lego-cache"] == "hit"
     assert sum(ahead.json()["id"] in merged(server) for server in pair) == 1
+
+
+def test_what_reaches_a_replica_on_each_route():
+    """What deploy/REPLICAS.md says of them: seen by a worker that answers with what it was sent."""
+    body = {"model": MODEL, "prompt": "x", "input": "x", "adapters": ["a", "b"], "max_tokens": 1}
+    body["messages"] = [{"role": "user", "content": "x"}]
+    with (
+        echo() as url,
+        router("consistent_hash", [url]) as process,
+        httpx.Client(base_url=process.url, headers=HEADERS, timeout=30) as http,
+    ):
+        seen = {path: http.post(path, json=body).json() for path in ROUTES}
+    assert {got["body"]["model"] for got in seen.values()} == {MODEL}
+    assert {
+        path: ("adapters" in got["body"], "authorization" in got["headers"])
+        for path, got in seen.items()
+    } == ROUTES
 
 
 def test_a_replica_that_never_saw_a_set_answers_all_the_same(pair, routed):
