@@ -21,6 +21,7 @@ from vllm_lego.settings import Settings, flag_name, variable_name
 ROUTERS = ROOT / "deploy" / "routers"
 DOCUMENT = ROOT / "deploy" / "REPLICAS.md"
 KUBERNETES = ("1.32", "1.34", "1.37")
+PODS = {"app.kubernetes.io/name": "vllm-lego", "app.kubernetes.io/component": "server"}
 CORE = ("v1", "apps/v1", "rbac.authorization.k8s.io/v1")
 
 # Field names as read in the projects' own files. A key ends in ! where it is required, None stands for
@@ -200,7 +201,7 @@ def test_the_router_understands_its_arguments():
     parsed = parse_router_args([arg.replace("$(NAMESPACE)", "here") for arg in container["args"]])
     assert parsed.policy == "consistent_hash"
     assert parsed.service_discovery
-    assert parsed.selector == {"app.kubernetes.io/name": "vllm-lego"}
+    assert parsed.selector == PODS
     assert parsed.service_discovery_namespace == "here"
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"http": parsed.port, "metrics": parsed.prometheus_port}
@@ -233,7 +234,7 @@ def test_the_two_pools_are_one():
     (values,) = load(ROUTERS / "llm-d" / "values.yaml")
     pool = resource("llm-d", "InferencePool")["spec"]
     servers = values["router"]["modelServers"]
-    assert pool["selector"]["matchLabels"] == servers["matchLabels"]
+    assert pool["selector"]["matchLabels"] == servers["matchLabels"] == PODS
     assert pool["targetPorts"] == servers["targetPorts"]
     backend = resource("llm-d", "HTTPRoute")["spec"]["rules"][0]["backendRefs"][0]
     assert backend["name"] == resource("llm-d", "InferencePool")["metadata"]["name"]

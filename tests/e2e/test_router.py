@@ -65,7 +65,9 @@ def urls(servers: list[ServerProcess]) -> list[str]:
 
 
 class Echo(BaseHTTPRequestHandler):
-    """Answers with the body and the headers it was sent."""
+    """Answers with the body and the headers it was sent; 503 to a prompt of "busy"."""
+
+    busy = 0
 
     def do_GET(self) -> None:
         self.send_response(200)
@@ -74,8 +76,12 @@ class Echo(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         sent = self.rfile.read(int(self.headers["content-length"]))
         headers = [name.lower() for name in self.headers]
-        answer = json.dumps({"body": json.loads(sent), "headers": headers}).encode()
-        self.send_response(200)
+        body = json.loads(sent)
+        busy = body.get("prompt") == "busy"
+        Echo.busy += busy
+        answer = json.dumps({"body": body, "headers": headers}).encode()
+        self.send_response(503 if busy else 200)
+        self.send_header("retry-after", "7")
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(answer)))
         self.end_headers()
@@ -198,6 +204,15 @@ def test_what_reaches_a_replica_on_each_route():
         path: ("adapters" in got["body"], "authorization" in got["headers"])
         for path, got in seen.items()
     } == ROUTES
+
+
+@pytest.mark.parametrize(("flags", "attempts"), [([], 5), (["--retry-max-retries=2"], 2)])
+def test_how_often_a_busy_replica_is_asked(flags, attempts):
+    before = Echo.busy
+    with echo() as url, router("consistent_hash", [url], *flags) as process:
+        answer = httpx.post(process.url + "/v1/completions", json=PROMPT | {"prompt": "busy"})
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")
+    assert Echo.busy - before == attempts
 
 
 def test_a_replica_that_never_saw_a_set_answers_all_the_same(pair, routed):
