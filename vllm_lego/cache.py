@@ -8,6 +8,7 @@ Imports neither torch nor vLLM.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ class CachedMerge:
         hits: requests served from it since it was merged.
         is_registered: whether vLLM knows it.
         seconds: what it took to bring it to the device, by phase.
+        last_used: monotonic seconds when the last request that needed it ended.
     """
 
     recipe: str
@@ -35,6 +37,7 @@ class CachedMerge:
     hits: int = 0
     is_registered: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
+    last_used: float = field(default_factory=time.monotonic)
 
 
 class CacheFullError(Exception):
@@ -69,6 +72,8 @@ class MergedAdapterCache(cachetools.LRUCache[str, CachedMerge]):
             self._pins[merge_id] -= 1
             if not self._pins[merge_id]:
                 del self._pins[merge_id]
+                if merge_id in self:
+                    cachetools.Cache.__getitem__(self, merge_id).last_used = time.monotonic()
 
     def in_use(self, merge_id: str) -> bool:
         """Whether a merge is pinned or in flight."""

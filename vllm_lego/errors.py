@@ -20,6 +20,7 @@ ServingError
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 
@@ -145,3 +146,13 @@ class MergeTimeoutError(ServingError):
     """The merge took longer than the limit."""
 
     status, reason, kind = 504, "timeout", "GatewayTimeoutError"
+
+
+def _reasons(kind: type[ServingError]) -> Iterator[str]:
+    yield kind.reason
+    for special in kind.__subclasses__():
+        yield from _reasons(special)
+
+
+REASONS = tuple(dict.fromkeys(_reasons(ServingError)))
+"""Every reason of the tree, once."""

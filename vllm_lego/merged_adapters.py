@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -58,11 +60,7 @@ class MergedAdapters:
             settings.device_cache_bytes // engine.api_servers, engine.in_flight
         )
         self._store = (  # the front end reads and deletes, the workers write
-            MergeStore(
-                Path(settings.store_dir),
-                settings.store_bytes,
-                lambda _, reason: metrics.errors.labels(reason).inc(),
-            )
+            MergeStore(Path(settings.store_dir), settings.store_bytes, metrics.observe_event)
             if settings.store_dir
             else None
         )
@@ -75,6 +73,8 @@ class MergedAdapters:
         # More than the workers make at a time would only fill their devices.
         self._turns = asyncio.Semaphore(settings.merge_threads)
         self._merging: dict[str, tuple[Recipe, asyncio.Task[str]]] = {}
+        self._waiting: Counter[str] = Counter()  # requests, by merge
+        self._without_room: set[str] = set()
         self._registering: dict[str, asyncio.Task[None]] = {}
         # Merges that left the device: another tier may have them, their members make them again.
         self._left: LRUCache[str, CachedMerge] = LRUCache(_REMEMBERED)
@@ -135,7 +135,7 @@ class MergedAdapters:
             ServingError: it could not be made; nothing else changed.
         """
         if recipe.merge_id in self._merging:
-            await asyncio.shield(self._merging[recipe.merge_id][1])
+            await self._made(recipe.merge_id)
             return "coalesced"
         cached = self.cache.get(recipe.merge_id)
         if cached is not None:
@@ -150,8 +150,24 @@ class MergedAdapters:
         task = asyncio.create_task(self._merge(recipe), name=recipe.merge_id)
         self._merging[recipe.merge_id] = recipe, task
         task.add_done_callback(lambda done: _forget(self._merging, recipe.merge_id, done))
-        # A client that leaves cancels its own waiting, not the merge that others wait for.
-        return "miss" if await asyncio.shield(task) == "merge" else "hit"
+        return "miss" if await self._made(recipe.merge_id) == "merge" else "hit"
+
+    async def _made(self, identity: str) -> str:
+        """Wait for a merge in the making. Returns the tier it came from, see `_merge`."""
+        self._waiting[identity] += 1
+        self._show_waiting()
+        try:
+            # A client that leaves cancels its own waiting, not the merge that others wait for.
+            return await asyncio.shield(self._merging[identity][1])
+        finally:
+            self._waiting[identity] -= 1
+            self._show_waiting()
+
+    def _show_waiting(self) -> None:
+        self._waiting = +self._waiting
+        for_room = sum(self._waiting[identity] for identity in self._without_room)
+        self._metrics.waiting.labels("room").set(for_room)
+        self._metrics.waiting.labels("merge").set(self._waiting.total() - for_room)
 
     async def register(self, recipe: Recipe) -> None:
         """Register a merge that is ready with vLLM, once, and have vLLM answer to its name.
@@ -294,18 +310,29 @@ class MergedAdapters:
         merge = CachedMerge(recipe.encode(), status["nbytes"], status["fidelity"])
         if recipe.merge_id in self._left:
             merge.hits = self._left[recipe.merge_id].hits
-        if not self._entered(recipe.merge_id, merge):
-            with self._slots.pressed():
-                while not self._entered(recipe.merge_id, merge):  # noqa: ASYNC110  engines tell nobody
-                    await asyncio.sleep(_ROOM_POLL_S)
+        with self._metrics.waited("room"):
+            if not self._entered(recipe.merge_id, merge):
+                with self._slots.pressed(), self._lacking_room(recipe.merge_id):
+                    while not self._entered(recipe.merge_id, merge):  # noqa: ASYNC110  engines tell nobody
+                        await asyncio.sleep(_ROOM_POLL_S)
         evicted, self.cache.evicted = self.cache.evicted, []
         self._show_cache()
         for identity, gone in evicted:
-            self._metrics.evictions.labels("device").inc()
+            self._metrics.observe_eviction("device", time.monotonic() - gone.last_used)
             self._engine.unpublish(identity)
             self._left[identity] = gone
         # All at once: whoever asks for one of them again is then sure to be heard after this.
         await asyncio.gather(*(self._engine.discard(i, engine_id(i)) for i, _ in evicted))
+
+    @contextmanager
+    def _lacking_room(self, identity: str) -> Iterator[None]:
+        self._without_room.add(identity)
+        self._show_waiting()
+        try:
+            yield
+        finally:
+            self._without_room.discard(identity)
+            self._show_waiting()
 
     def _entered(self, identity: str, merge: CachedMerge) -> bool:
         try:

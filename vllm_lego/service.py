@@ -88,6 +88,17 @@ class LegoService:
         self._closing = False
         self._letting_go: set[asyncio.Task[None]] = set()
         self._configs = Configurations(settings, engine.max_rank)
+        metrics.describe(
+            {
+                "device": int(self.merged.cache.maxsize),
+                "host": settings.host_cache_bytes,
+                "disk": settings.store_bytes if settings.store_dir else 0,
+            },
+            self.slots.count,
+            method=settings.method,
+            rank=settings.rank or engine.max_rank,
+            max_loras=engine.slots,
+        )
 
     @asynccontextmanager
     async def serving(self, wanted: AdapterSet, *, param: str) -> AsyncIterator[Serving]:
@@ -151,8 +162,21 @@ class LegoService:
         if self._closing:
             raise ShuttingDownError
         with self._taken():
-            async with self.slots.admitted(name):
+            async with self._slot(name):
                 yield
+
+    @asynccontextmanager
+    async def _slot(self, name: str) -> AsyncIterator[None]:
+        """Wait for a slot, and keep it while the context is open; see `Slots`."""
+        async with AsyncExitStack() as held:
+            held.callback(lambda: self.metrics.slots_in_use.set(self.slots.in_use()))
+            with (
+                self.metrics.waited("slot"),
+                self.metrics.waiting.labels("slot").track_inprogress(),
+            ):
+                await held.enter_async_context(self.slots.admitted(name))
+            self.metrics.slots_in_use.set(self.slots.in_use())
+            yield
 
     async def drain(self) -> None:
         """Refuse new sets, and wait until every request that was taken has been served."""
@@ -237,7 +261,7 @@ class LegoService:
             raise ShuttingDownError
         with self._taken():
             result = await self.merged.obtain(recipe)
-            async with self.slots.admitted(recipe.merge_id):
+            async with self._slot(recipe.merge_id):
                 with self.merged.cache.pinned(recipe.merge_id):
                     # Pushed out while it stood in line, perhaps on its way back already.
                     if not self.merged.is_ready(recipe.merge_id):

@@ -41,7 +41,7 @@ class Slots:
     def __init__(
         self, count: int, quantum_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._count = count
+        self.count = count
         self._quantum_s = quantum_s
         self._clock = clock
         # Both in order of arrival: the first admitted is the first to make room.
@@ -73,6 +73,10 @@ class Slots:
             self._pressing -= 1
             self._admit_next()
 
+    def in_use(self) -> int:
+        """Return how many names are admitted."""
+        return len(self._admitted)
+
     def waiting(self) -> int:
         """Return how many names stand in line."""
         return len(self._line)
@@ -85,7 +89,7 @@ class Slots:
                 return False
             admitted.requests += 1
             return True
-        if self._line or self._pressing or len(self._admitted) >= self._count:
+        if self._line or self._pressing or len(self._admitted) >= self.count:
             return False
         self._admitted[name] = _Admitted(self._clock(), 1)
         return True
@@ -120,7 +124,7 @@ class Slots:
     def _admit_next(self) -> None:
         # A name that is still draining and in line as well keeps its place there.
         for name in [n for n in self._line if n not in self._admitted]:
-            if self._pressing or len(self._admitted) >= self._count:
+            if self._pressing or len(self._admitted) >= self.count:
                 return
             # Whoever was cancelled in this turn of the loop is not here to be admitted.
             places = [place for place in self._line.pop(name) if not place.done()]

@@ -51,11 +51,13 @@ class MergeStore:
         folder: made if it is not there.
         max_bytes: of all files together; beyond it the least recently used are deleted. An
             unfinished file of another writer counts too.
-        tell: called with (`evictions`, `disk`) or (`errors`, reason) for the metrics; from any
-            thread.
+        tell: called with (`evictions`, `disk`, seconds unused), (`store_seconds`, `read` or `write`,
+            seconds) or (`errors`, reason, 0) for the metrics; from any thread.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, tell: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, folder: Path, max_bytes: int, tell: Callable[[str, str, float], None]
+    ) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
         self._tell = tell
@@ -68,6 +70,7 @@ class MergeStore:
         written again.
         """
         path = self._path(recipe.merge_id)
+        started = time.perf_counter()
         try:
             loaded = _parse(self._content(path), recipe)
         except FileNotFoundError:
@@ -80,6 +83,7 @@ class MergeStore:
             self._quietly(path.replace, path.with_name(path.name + _BROKEN))
             return None
         self._quietly(os.utime, path)  # used now: the last to be deleted
+        self._tell("store_seconds", "read", time.perf_counter() - started)
         return loaded
 
     def _content(self, path: Path) -> bytes:
@@ -93,6 +97,7 @@ class MergeStore:
         path = self._path(recipe.merge_id)
         if os.path.lexists(path):
             return
+        started = time.perf_counter()
         content = _format(recipe, adapter, fidelity)
         if len(content) > self._max_bytes:
             return
@@ -111,6 +116,8 @@ class MergeStore:
         except OSError as error:
             self._failed("store_write", f"{path} cannot be written: {error.strerror}")
             self._quietly(unfinished.unlink)
+        else:
+            self._tell("store_seconds", "write", time.perf_counter() - started)
 
     def delete(self, identity: str) -> bool:
         """Delete a merge. Returns whether it is gone."""
@@ -160,16 +167,16 @@ class MergeStore:
     def _make_room(self, nbytes: int) -> None:
         files = sorted(self._files(), key=lambda file: file[2])
         size = sum(size for _, size, _ in files)
-        forgotten = time.time() - _FORGOTTEN_AFTER_S
+        now = time.time()
         for entry, of_file, used in files:
             unfinished = entry.name.endswith(_UNFINISHED)
-            if unfinished and used > forgotten:
+            if unfinished and now - used < _FORGOTTEN_AFTER_S:
                 continue  # another writer is at it
             if unfinished or size + nbytes > self._max_bytes:
                 Path(entry).unlink(missing_ok=True)
                 size -= of_file
                 if not unfinished:
-                    self._tell("evictions", "disk")
+                    self._tell("evictions", "disk", max(0.0, now - used))  # clocks differ
 
     def _files(self) -> Iterator[tuple[os.DirEntry[str], int, float]]:
         """Every file of ours with its size in bytes and the time of its last use."""
@@ -192,7 +199,7 @@ class MergeStore:
 
     def _failed(self, reason: str, message: str) -> None:
         logger.warning("store: %s", message)
-        self._tell("errors", reason)
+        self._tell("errors", reason, 0)
 
     def _quietly(self, action: Callable[..., Any], *args: Any) -> None:
         try:

@@ -8,9 +8,10 @@ leave of the budget. Everything is bounded in bytes and goes least recently used
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,13 +26,14 @@ from vllm_lego.store import MergeStore
 _EVENTS = 10_000  # told of at the next poll; nobody polls only while nothing happens
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class KeptMerge:
-    """A merge in host memory, and how it was made."""
+    """A merge in host memory, how it was made, and when it was last used (monotonic seconds)."""
 
     packed: PackedAdapter
     recipe: str  # encoded
     fidelity: float
+    last_used: float = field(default_factory=time.monotonic)
 
     @property
     def host_bytes(self) -> int:
@@ -62,7 +64,7 @@ class Tiers:
         self._device_bytes = settings.device_cache_bytes
         self._writes = writes
         self._lock = threading.Lock()
-        self._events: deque[tuple[str, str]] = deque(maxlen=_EVENTS)
+        self._events: deque[tuple[str, str, float]] = deque(maxlen=_EVENTS)
         self._host = _Noticing(settings.host_cache_bytes, self._evicted)
         self._on_device: LRUCache[str, PackedAdapter] = LRUCache(
             settings.device_cache_bytes, getsizeof=lambda packed: packed.nbytes
@@ -122,6 +124,7 @@ class Tiers:
         with self._lock:
             kept = self._host.get(recipe.merge_id)
         if isinstance(kept, KeptMerge):
+            kept.last_used = time.monotonic()
             return kept.packed.on(self._device), kept.fidelity, "host"
         stored = self._store.load(recipe) if self._store else None
         if stored is None:
@@ -161,16 +164,20 @@ class Tiers:
             "disk": (len(on_disk), sum(on_disk)),
         }
 
-    def events(self) -> list[tuple[str, str]]:
-        """Return (`evictions`, tier) and (`errors`, reason) since the last call."""
-        events: list[tuple[str, str]] = []
+    def events(self) -> list[tuple[str, str, float]]:
+        """Return what the metrics have not been told of.
+
+        It is (`evictions`, tier, seconds unused), (`store_seconds`, operation, seconds) or
+        (`errors`, reason, 0).
+        """
+        events: list[tuple[str, str, float]] = []
         while self._events:
             events.append(self._events.popleft())
         return events
 
-    def tell(self, kind: str, label: str) -> None:
+    def tell(self, kind: str, label: str, seconds: float = 0) -> None:
         """Note an event for the metrics, see `events`."""
-        self._events.append((kind, label))
+        self._events.append((kind, label, seconds))
 
     def _keep_in_host_memory(self, key: str, kept: PackedAdapter | KeptMerge) -> None:
         with self._lock:
@@ -179,7 +186,7 @@ class Tiers:
 
     def _evicted(self, kept: PackedAdapter | KeptMerge) -> None:
         if isinstance(kept, KeptMerge):
-            self.tell("evictions", "host")
+            self.tell("evictions", "host", time.monotonic() - kept.last_used)
 
 
 class _Noticing(LRUCache[str, PackedAdapter | KeptMerge]):

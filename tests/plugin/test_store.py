@@ -40,8 +40,17 @@ def recipe(number: int = 1) -> Recipe:
 
 
 class Told(list[tuple[str, str]]):
-    def __call__(self, kind: str, label: str) -> None:
-        self.append((kind, label))
+    """Evictions and errors; apart from them `seconds`: how long reads and writes took."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[tuple[str, float]] = []
+
+    def __call__(self, kind: str, label: str, seconds: float) -> None:
+        if kind == "store_seconds":
+            self.seconds.append((label, seconds))
+        else:
+            self.append((kind, label))
 
 
 def store(folder: Path, max_bytes: int = 1 << 20) -> tuple[MergeStore, Told]:
@@ -59,7 +68,8 @@ def same(one: LoraAdapter, other: LoraAdapter) -> bool:
 
 
 def test_what_was_saved_is_loaded_by_another_server(tmp_path):
-    store(tmp_path / "new" / "folder")[0].save(recipe(), MERGE, 0.875)
+    first, written = store(tmp_path / "new" / "folder")
+    first.save(recipe(), MERGE, 0.875)
     other, told = store(tmp_path / "new" / "folder")
     loaded = other.load(recipe())
     assert loaded is not None
@@ -68,6 +78,8 @@ def test_what_was_saved_is_loaded_by_another_server(tmp_path):
     assert other.recipe(recipe().merge_id) == recipe()
     assert other.load(recipe(2)) is None
     assert told == []
+    assert [operation for operation, _ in written.seconds + told.seconds] == ["write", "read"]
+    assert all(0 < seconds < 60 for _, seconds in written.seconds + told.seconds)
 
 
 def test_where_the_members_lay_is_without_meaning(tmp_path):
