@@ -38,7 +38,7 @@ AT_WORK = rate(MERGE_SECONDS + "_sum", where='phase=~"load|merge|register"')
 STATS = [
     stat_panel(
         "Hit rate",
-        "Requests that found their set ready, of all that named one and were served "
+        "Requests whose set a tier had, of all that named one and were served "
         "(vllm_lego_requests_total). Low with steady traffic: see Evictions, and give the tiers "
         "more room. Low after a start or a deployment: normal, it warms up.",
         {"": ratio(rate(REQUESTS, where='result="hit"'), rate(REQUESTS, where='result!="error"'))},
@@ -51,6 +51,7 @@ STATS = [
         "New merges made (vllm_lego_merge_seconds_count). Each takes the device for a moment; if "
         "streams slow down with it, lower VLLM_LEGO_MERGE_THREADS.",
         {"": "60 * " + rate(MERGE_SECONDS + "_count", where='phase="total"')},
+        span=3,
     ),
     stat_panel(
         "Merge p99",
@@ -66,6 +67,7 @@ STATS = [
         "Merges ready on the devices, of all instances together (vllm_lego_cache_entries). A set "
         "that several instances keep counts for each.",
         {"": "sum(" + series("vllm_lego_cache_entries", 'tier="device"') + ")"},
+        span=3,
     ),
     stat_panel(
         "Bytes by tier",
@@ -73,6 +75,7 @@ STATS = [
         "limits that is: see How full the tiers are.",
         {"{{tier}}": f"max by (tier) ({series('vllm_lego_cache_bytes')})"},
         units.BytesIEC,
+        span=6,
     ),
     stat_panel(
         "Errors a minute",
@@ -87,7 +90,7 @@ ROWS = {
     "What a set that is not ready costs": [
         graph(
             "Requests by result",
-            "Requests a second that named a set (vllm_lego_requests_total). hit: it was ready. "
+            "Requests a second that named a set (vllm_lego_requests_total). hit: a tier had it. "
             "coalesced: it joined a merge in the making. miss: it had to be merged. Many misses "
             "for sets seen before: the tiers are too small, see Evictions.",
             {"{{result}}": rate(REQUESTS, "result")},
@@ -277,7 +280,7 @@ ROWS = {
                 f"below {bound}": ratio(
                     rate(FIDELITY + "_bucket", where=f'le="{bound}"'), rate(FIDELITY + "_count")
                 )
-                for bound in (0.5, 0.8, 0.9, 0.95)
+                for bound in (0.5, 0.8, 0.95)
             },
             units.PercentUnit,
             top=1,

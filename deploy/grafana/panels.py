@@ -86,14 +86,14 @@ def stat_panel(
     panel = (
         stat.Panel()
         .unit(unit)
-        .height(4)
+        .height(5)  # the least that has room for the course
         .span(span)
         .no_value(none)
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
         .thresholds(build.ThresholdsConfig().mode(models.ThresholdsMode.ABSOLUTE).steps(thresholds))
         .color_scheme(build.FieldColor().mode(models.FieldColorModeId.THRESHOLDS))
         .graph_mode(styles.BigValueGraphMode.AREA)
-        .orientation(styles.VizOrientation.VERTICAL)
+        .orientation(styles.VizOrientation.HORIZONTAL)
     )
     return _with(panel, title, description, queries)
 
@@ -120,10 +120,10 @@ def graph(
         .show_points(styles.VisibilityMode.NEVER)
         .legend(
             common.VizLegendOptions()
-            .display_mode(styles.LegendDisplayMode.TABLE)
-            .placement(styles.LegendPlacement.RIGHT)
+            .display_mode(styles.LegendDisplayMode.LIST)
+            .placement(styles.LegendPlacement.BOTTOM)
             .show_legend(True)
-            .calcs(["lastNotNull", "max"])
+            .calcs(["lastNotNull"])
         )
         .tooltip(common.VizTooltipOptions().mode(styles.TooltipDisplayMode.MULTI))
     )

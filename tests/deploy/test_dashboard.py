@@ -65,7 +65,7 @@ def test_stats_are_on_top_and_graphs_in_pairs_below():
 def test_a_description_names_the_metrics_and_settings_that_there_are(panel):
     for query in panel["targets"]:
         for metric, _ in SERIES.findall(query["expr"]):
-            assert metric.removesuffix("_bucket") in panel["description"], metric
+            assert re.sub("_(bucket|sum|count)$", "", metric) in panel["description"]
     known = {variable_name(name) for name in Settings.__dataclass_fields__}
     assert set(re.findall(r"VLLM_LEGO_\w+", panel["description"])) <= known
     titles = {other["title"] for other in PANELS}

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +29,6 @@ from vllm_lego.demo.server import (
     LEGO_SERVE,
     MODEL_NAME,
     ServerProcess,
-    free_port,
     server_arguments,
     server_environment,
     shipped_adapters,
@@ -36,7 +36,7 @@ from vllm_lego.demo.server import (
 
 BOARD = json.loads((ROOT / "deploy" / "grafana" / "vllm-lego.json").read_text())
 PANELS = [panel for panel in BOARD["panels"] if panel["type"] != "row"]
-ROUNDS = int(os.environ.get("DASHBOARD_ROUNDS", "25"))
+ROUNDS = int(os.environ.get("DASHBOARD_ROUNDS", "20"))
 WINDOW_S = 5
 WAIT_S = 30
 MERGE_BYTES = 1_843_200  # of one set of the shipped adapters, at rank 8
@@ -48,13 +48,13 @@ MISTAKES = cycle(
         {"adapters": "plural"},
     ]
 )
-# Nobody need be waiting at the moment of a scrape.
-MAY_BE_ZERO = {"vllm_lego_waiting_requests", "vllm:num_requests_waiting"}
+# Nobody need be waiting at the moment of a scrape, and no merge need be that bad.
+MAY_BE_ZERO = {"vllm_lego_waiting_requests", "vllm:num_requests_waiting", 'le="0.5"'}
 
 
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server whose tiers hold 4, about 8 and 12 sets, and that runs 3 at a time."""
+    """A server whose tiers hold 4, about 8 and 11 sets, and that runs 3 at a time."""
     given = server_arguments(model, shipped_adapters())
     arguments = [
         *(a for a in given if not a.startswith(("--enable-lora", "--max-lora", "--max-num-seqs"))),
@@ -62,7 +62,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         f"--store-dir={tmp_path_factory.mktemp('store')}",
         f"--device-cache-bytes={4 * MERGE_BYTES}",
         f"--host-cache-bytes={12 * MERGE_BYTES}",
-        f"--store-bytes={13 * MERGE_BYTES}",
+        f"--store-bytes={11 * MERGE_BYTES}",
         "--slot-quantum-s=0.5",
     ]
     with ServerProcess(
@@ -74,10 +74,10 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
 @dataclass
 class Prometheus:
-    """A running Prometheus, and what the variables of the dashboard stand for."""
+    """A running Prometheus, and what the variables of the dashboard may be."""
 
     url: str
-    variables: dict[str, str] = field(default_factory=dict)
+    choices: dict[str, list[str]] = field(default_factory=dict)
 
     def get(self, path: str, **parameters: Any) -> Any:
         answer = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=30)
@@ -90,9 +90,11 @@ class Prometheus:
         return float(found[0]["value"][1]) if found else 0.0
 
     def asked(self, expression: str) -> str:
-        """What Grafana would ask for an expression of the dashboard."""
-        for name, value in {"__rate_interval": f"{WINDOW_S}s", **self.variables}.items():
-            expression = expression.replace(f"${name}", value)
+        """What Grafana would ask for an expression of the dashboard, with all choices chosen."""
+        expression = expression.replace("$__rate_interval", f"{WINDOW_S}s")
+        for name, choices in self.choices.items():
+            chosen = "|".join(map(re.escape, choices)).replace("\\", "\\\\")
+            expression = expression.replace(f"${name}", f"({chosen})")
         assert "$" not in expression
         promql_parser.parse(expression)
         return expression
@@ -111,12 +113,15 @@ def prometheus(
         ],
     }
     (folder / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
-    found = Prometheus(f"http://127.0.0.1:{(port := free_port())}")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    found = Prometheus(f"http://{address}")
     command = [
         tool("prometheus"),
         f"--config.file={folder / 'prometheus.yml'}",
         f"--storage.tsdb.path={folder / 'data'}",
-        f"--web.listen-address=127.0.0.1:{port}",
+        f"--web.listen-address={address}",
     ]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -152,15 +157,16 @@ def traffic(url: str) -> None:
         body |= {"max_tokens": tokens, "stream": "adapters" not in fields} | fields
         return client.post("/v1/completions", json=body).status_code
 
-    def weighted(number: int) -> dict[str, Any]:
+    def wanted(number: int) -> dict[str, Any]:
         first, *others = SETS[number % len(SETS)]
-        return {"adapters": [{"name": first, "weight": 1 + number // len(SETS) / 10}, *others]}
+        adapters = [{"name": first, "weight": 1 + number // len(SETS) / 10}, *others]
+        return {"adapters": adapters, "merge": {"rank": 1 if number % 4 == 3 else 8}}
 
     with client, ThreadPoolExecutor(12) as pool:
         for number in range(ROUNDS):
-            kept = [weighted(max(0, number - ago)) for ago in (1, 1, 1, 2, 5, 9)]
+            kept = [wanted(max(0, number - ago)) for ago in (1, 1, 1, 2, 5, 11)]
             streams = [pool.submit(ask, {}, 64) for _ in range(2)]
-            served = list(pool.map(ask, [weighted(number)] * 4 + kept))
+            served = list(pool.map(ask, [wanted(number)] * 4 + kept))
             assert set(served) == {200}
             assert ask(next(MISTAKES)) in {400, 404}
             assert {stream.result() for stream in streams} == {200}
@@ -172,22 +178,17 @@ def seen(server: ServerProcess, prometheus: Prometheus) -> tuple[float, float]:
     start = time.time()
     traffic(server.url)
     lines = httpx.get(server.url + "/metrics").text.splitlines()
-    counted = sum(float(line.split()[-1]) for line in lines if line.startswith("vllm_lego_reque"))
+    series = [line for line in lines if line.startswith("vllm_lego_requests_total{")]
+    counted = sum(float(line.split()[-1]) for line in series)
     until(
         lambda: prometheus.value("sum(vllm_lego_requests_total)") == counted,
-        f"the last of {counted} requests is scraped",
+        f"the last of {counted:.0f} requests is scraped",
     )
     for variable in BOARD["templating"]["list"][1:]:
         query = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"])
         assert query, variable["query"]
-        choices = prometheus.get(
-            f"label/{query[2]}/values", **{"match[]": prometheus.asked(query[1])}
-        )
-        assert choices, variable["query"]
-        # All of them, as Grafana writes that.
-        prometheus.variables[variable["name"]] = f"({'|'.join(map(re.escape, choices))})".replace(
-            "\\", "\\\\"
-        )
+        asked = {"match[]": prometheus.asked(query[1])}
+        prometheus.choices[variable["name"]] = prometheus.get(f"label/{query[2]}/values", **asked)
     return start, time.time()
 
 
@@ -214,10 +215,13 @@ def data(prometheus: Prometheus, seen: tuple[float, float]) -> dict[str, dict[st
     return found
 
 
-def test_the_variables_are_what_was_scraped(prometheus, seen):
-    assert prometheus.variables["job"] == "(vllm)"
-    assert prometheus.variables["model_name"] == f"({MODEL_NAME.replace('-', chr(92) * 2 + '-')})"
-    assert prometheus.variables["instance"].startswith("(127")
+@pytest.mark.usefixtures("seen")
+def test_the_variables_offer_what_was_scraped(server, prometheus):
+    assert prometheus.choices == {
+        "job": ["vllm"],
+        "model_name": [MODEL_NAME],
+        "instance": [f"127.0.0.1:{server.port}"],
+    }
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
@@ -229,7 +233,7 @@ def test_every_query_has_data(data, panel):
             for _, value in series["values"]
         ]
         assert any(map(math.isfinite, values)), query["expr"]
-        if not any(metric in query["expr"] for metric in MAY_BE_ZERO):
+        if not any(part in query["expr"] for part in MAY_BE_ZERO):
             assert any(values), f"always 0: {query['expr']}"
 
 
