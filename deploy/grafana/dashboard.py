@@ -56,7 +56,7 @@ STATS = [
     stat_panel(
         "Merge p99",
         "From a request for a new set until its merge is ready (vllm_lego_merge_seconds, phase "
-        "total). High: the graph of the cold path says which phase.",
+        "total). High: Where the time of a merge goes says which phase.",
         {"": quantile(0.99, MERGE_SECONDS, where='phase="total"')},
         units.Seconds,
         steps=[(1, "orange"), (5, "red")],
@@ -87,7 +87,7 @@ STATS = [
 ]
 
 ROWS = {
-    "What a set that is not ready costs": [
+    "Cold path: what does a new set cost?": [
         graph(
             "Requests by result",
             "Requests a second that named a set (vllm_lego_requests_total). hit: a tier had it. "

@@ -159,5 +159,5 @@ def variable(name: str, label: str, metric: str) -> build.QueryVariable:
         .sort(models.VariableSort.ALPHABETICAL_ASC)
         .multi(True)
         .include_all(True)
-        .current(models.VariableOption(text="All", value="$__all"))
+        .current(models.VariableOption(text=["All"], value=["$__all"]))
     )
