@@ -497,6 +497,11 @@ def has_lora(state: Any) -> bool:
     return state.vllm_config.lora_config is not None
 
 
+def makes_spans(state: Any) -> bool:
+    """Whether the server was started with `--otlp-traces-endpoint`."""
+    return state.vllm_config.observability_config.otlp_traces_endpoint is not None
+
+
 def api_keys(args: Namespace) -> list[str]:
     """Return the keys that vLLM accepts; none means that it asks for none."""
     from vllm import envs

@@ -14,6 +14,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_lego import tracing
 from vllm_lego.adapter_set import MODEL_SEPARATOR, parse_adapters, parse_model_name, shown
 from vllm_lego.asgi import App, Message, Receive, Scope, Send, header, read_body, refusal, replay
 from vllm_lego.errors import (
@@ -78,7 +79,8 @@ class Interception:
             if body is None:  # the client has left
                 return
             if _is_own(scope):
-                await self.app(scope, replay(body, receive), send)
+                with tracing.request(scope["headers"]):
+                    await self.app(scope, replay(body, receive), send)
                 return
             models = models_at(body)
             request = self._parsed(scope, body, models)
@@ -87,7 +89,8 @@ class Interception:
                 async with self._turn(scope, body, request, models):
                     await self.app(scope, replay(body, receive), send)
             else:
-                await self._serve(scope, receive, send, body, asked)
+                with tracing.request(scope["headers"]):
+                    await self._serve(scope, receive, send, body, asked)
         except ServingError as error:
             if self.service is not None:
                 named_a_set = not isinstance(error, BodyTooLargeError)
@@ -208,6 +211,7 @@ class Interception:
         body = with_model(rest, serving.model)
         headers = [(k, v) for k, v in scope["headers"] if k.lower() not in _OF_THE_OLD_BODY]
         headers.append((b"content-length", str(len(body)).encode()))
+        headers = tracing.forwarded(headers)
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start" and serving.result is not None:

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 from cachetools import LRUCache
 
 from lego_core import MergeConfig
+from vllm_lego import tracing
 from vllm_lego._vllm import Engine
 from vllm_lego.cache import CachedMerge, CacheFullError, MergedAdapterCache
 from vllm_lego.errors import (
@@ -191,7 +192,10 @@ class MergedAdapters:
     async def _register(self, recipe: Recipe, merge: CachedMerge) -> None:
         started = time.perf_counter()
         try:
-            with self.cache.pinned(recipe.merge_id):
+            with (
+                self.cache.pinned(recipe.merge_id),
+                tracing.span("lego.register", merge_id=recipe.merge_id),
+            ):
                 async with asyncio.timeout(self._settings.merge_timeout_s):
                     await self._engine.register(recipe, engine_id(recipe.merge_id))
         except Exception as error:  # not a cancellation: that is the end of the server
@@ -259,10 +263,15 @@ class MergedAdapters:
         """
         started = time.perf_counter()
         try:
-            with self.cache.pinned(recipe.merge_id), self._metrics.in_progress.track_inprogress():
+            with (
+                self.cache.pinned(recipe.merge_id),
+                self._metrics.in_progress.track_inprogress(),
+                tracing.span("lego.stage", **tracing.described(recipe)),
+            ):
                 async with asyncio.timeout(self._settings.merge_timeout_s), self._turns:
                     turn = time.perf_counter()
                     status = agreed(recipe, await self._stager.staged(recipe))
+                    _trace(status, turn)
                     await self._make_room(recipe, status)
         except Exception as error:  # not a cancellation: that is the end of the server
             raise await self._failed(recipe, error) from error
@@ -281,6 +290,8 @@ class MergedAdapters:
         if self.cache.pop(recipe.merge_id, None) is not None:
             self._engine.unpublish(recipe.merge_id)
         self._show_cache()
+        told = tracing.described(recipe) | {"error": type(error).__name__, "message": error}
+        logger.info("merge failed %s", tracing.line(**told))
         try:
             async with asyncio.timeout(_LETTING_GO_S):  # an engine that is gone never answers
                 await self._engine.discard(recipe.merge_id, engine_id(recipe.merge_id))
@@ -350,18 +361,26 @@ class MergedAdapters:
             self._metrics.observe_merge(recipe.config.method, status["fidelity"], seconds)
         else:
             self._metrics.hits.labels(status["tier"]).inc()
-        logger.info(
-            "%s of %d adapters and rank %d, fidelity %.3f, from %s: %s",
-            recipe.merge_id,
-            len(recipe.members),
-            recipe.config.rank,
-            status["fidelity"],
-            status["tier"],
-            ", ".join(f"{phase} {value * 1e3:.0f} ms" for phase, value in seconds.items()),
-        )
+        told = tracing.described(recipe) | {
+            "tier": status["tier"],
+            "fidelity": status["fidelity"],
+            "bytes": status["nbytes"],
+        }
+        told |= {f"{phase}_s": value for phase, value in seconds.items()}
+        logger.info("merge done %s", tracing.line(**told))
 
     def _show_cache(self) -> None:
         self._metrics.set_tier("device", len(self.cache), int(self.cache.currsize))
+
+
+def _trace(status: dict[str, Any], turn: float) -> None:
+    """Make the spans of a merge in its worker, of which only the durations are known."""
+    seconds = status["seconds"]
+    tracing.annotate(tier=status["tier"], fidelity=status["fidelity"], bytes=status["nbytes"])
+    tracing.past_span("lego.load", turn + seconds["queue"], seconds["load"])
+    if status["tier"] == "merge":
+        merging = turn + seconds["queue"] + seconds["load"]
+        tracing.past_span("lego.merge", merging, seconds["merge"])
 
 
 def _forget(tasks: dict[str, Any], identity: str, task: asyncio.Task[Any]) -> None:

@@ -59,7 +59,8 @@ class LegoEndpoints:
         Raises:
             SystemExit: it cannot work; says why in one sentence.
         """
-        from vllm_lego._vllm import Engine, api_keys, has_lora  # noqa: PLC0415
+        from vllm_lego import tracing  # noqa: PLC0415
+        from vllm_lego._vllm import Engine, api_keys, has_lora, makes_spans  # noqa: PLC0415
         from vllm_lego.access import Access  # noqa: PLC0415
         from vllm_lego.metrics import Metrics  # noqa: PLC0415
         from vllm_lego.policy import read_policy  # noqa: PLC0415
@@ -72,6 +73,8 @@ class LegoEndpoints:
             access = Access(read_policy(settings), keys)
             if engine_client is not None and has_lora(state):
                 engine = Engine(engine_client, state)
+                if makes_spans(state):
+                    tracing.start()
                 state.lego = LegoService(engine, settings, Metrics(), access)
                 engine.before_shutdown(state.lego.drain)
             if access.is_restricted:

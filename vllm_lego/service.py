@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
+from vllm_lego import tracing
 from vllm_lego._vllm import Engine
 from vllm_lego.access import Access
 from vllm_lego.adapter_set import AdapterSet, shown
@@ -171,6 +172,7 @@ class LegoService:
         async with AsyncExitStack() as held:
             held.callback(lambda: self.metrics.slots_in_use.set(self.slots.in_use()))
             with (
+                tracing.span("lego.slot"),
                 self.metrics.waited("slot"),
                 self.metrics.waiting.labels("slot").track_inprogress(),
             ):
@@ -224,9 +226,11 @@ class LegoService:
         recipe = await self._recipe_of(wanted, "adapters")
         if self._closing:
             raise ShuttingDownError
+        tracing.annotate(**tracing.described(recipe))
         with self._taken(), self.merged.cache.pinned(recipe.merge_id):
             ready = self.merged.is_ready(recipe.merge_id)
             result = await self.merged.obtain(recipe)
+            tracing.annotate(result=result)
             self.metrics.requests.labels(result).inc()
             merge = self.merged.cache[recipe.merge_id]
         return result, merge, {} if ready else merge.seconds
@@ -259,8 +263,10 @@ class LegoService:
     async def _serving_recipe(self, recipe: Recipe) -> AsyncIterator[Serving]:
         if self._closing:
             raise ShuttingDownError
+        tracing.annotate(**tracing.described(recipe))
         with self._taken():
             result = await self.merged.obtain(recipe)
+            tracing.annotate(result=result)
             async with self._slot(recipe.merge_id):
                 with self.merged.cache.pinned(recipe.merge_id):
                     # Pushed out while it stood in line, perhaps on its way back already.
