@@ -118,8 +118,8 @@ ROWS = {
             units.Seconds,
         ),
         graph(
-            "Errors by reason",
-            "Errors a minute (vllm_lego_errors_total). Unknown, bad and unmergeable: clients ask "
+            "Errors a minute, by reason",
+            "Errors (vllm_lego_errors_total). Unknown, bad and unmergeable: clients ask "
             "for what is not served; the answer tells them. Busy and timeouts: too many new sets "
             "at once. Store errors and failures: read the server's log.",
             {"{{reason}}": f"60 * {rate(ERRORS, 'reason')} > 0"},
@@ -149,8 +149,8 @@ ROWS = {
             stacked=True,
         ),
         graph(
-            "Evictions",
-            "Sets dropped a minute to make room (vllm_lego_cache_evictions_total). Dropped from "
+            "Evictions a minute",
+            "Sets dropped to make room (vllm_lego_cache_evictions_total). Dropped from "
             "the device they are still on the host; dropped from the last tier that had them they "
             "must be merged again.",
             {"{{tier}}": f"60 * {rate('vllm_lego_cache_evictions_total', 'tier')}"},
@@ -269,9 +269,8 @@ ROWS = {
                 "{{method}} median": quantile(0.5, FIDELITY, "method"),
                 "{{method}} worst in 20": quantile(0.05, FIDELITY, "method"),
             },
-            units.PercentUnit,
             top=1,
-        ),
+        ).decimals(2),
         graph(
             "Merges below a fidelity",
             "Share of new merges that are less than so close to the exact sum "

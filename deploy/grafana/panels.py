@@ -17,13 +17,24 @@ SOURCE = styles.DataSourceRef(type_val="prometheus", uid="${datasource}")
 Override = tuple[str, object]
 Panel = TypeVar("Panel", stat.Panel, timeseries.Panel)
 
-# The values of a label have the same colours in every panel.
-COLOURS = {
-    "result": {"hit": "green", "coalesced": "blue", "miss": "orange", "error": "red"},
-    "tier": {"device": "green", "host": "blue", "disk": "purple"},
-    "phase": {"queue": "yellow", "load": "blue", "merge": "orange", "register": "purple"},
-    "reason": {"merge": "orange", "room": "purple", "slot": "blue"},
+# What a legend stands for has the same colour in every panel.
+ALONE = {
+    "merge": "orange",
+    "p50": "green",
+    "p90": "yellow",
+    "p99": "blue",
+    "below 0.5": "red",
+    "below 0.8": "orange",
+    "below 0.95": "yellow",
+    "all": "text",
+    "vLLM's queue": "text",
 }
+COLOURS = {
+    "{{result}}": {"hit": "green", "coalesced": "blue", "miss": "orange", "error": "red"},
+    "{{tier}}": {"device": "green", "host": "blue", "disk": "purple"},
+    "{{phase}}": {"queue": "yellow", "load": "blue", "merge": "orange", "register": "purple"},
+    "{{reason}}": {"merge": "orange", "room": "purple", "slot": "blue"},
+} | {name: {name: colour} for name, colour in ALONE.items()}
 ON_THE_RIGHT: list[Override] = [
     ("custom.axisPlacement", "right"),
     ("custom.lineWidth", 0),
@@ -141,10 +152,9 @@ def _with(panel: Panel, title: str, description: str, queries: Mapping[str, str]
     for ref, (legend, expression) in zip("ABCDEF", queries.items(), strict=False):
         query = prometheus.Dataquery().ref_id(ref).expr(expression).legend_format(legend).range()
         panel.with_target(query.datasource(SOURCE))
-        for label, colours in COLOURS.items():
-            for value, colour in colours.items() if f"{{{{{label}}}}}" in legend else ():
-                fixed: Override = ("color", {"mode": "fixed", "fixedColor": colour})
-                panel.override_by_regexp(f"^{value}\\b", [models.DynamicConfigValue(*fixed)])
+        for name, colour in COLOURS.get(legend, {}).items():
+            fixed: Override = ("color", {"mode": "fixed", "fixedColor": colour})
+            panel.override_by_name(name, [models.DynamicConfigValue(*fixed)])
     return panel
 
 

@@ -243,7 +243,7 @@ def test_every_query_has_data(data, panel):
         ("Requests by result", "result", {"hit", "miss", "coalesced", "error"}),
         ("Where the time of a merge goes", "phase", {"queue", "load", "merge", "register"}),
         ("Where sets were found", "tier", {"device", "host", "disk"}),
-        ("Evictions", "tier", {"device", "host", "disk"}),
+        ("Evictions a minute", "tier", {"device", "host", "disk"}),
         ("How full the tiers are", "tier", {"device", "host", "disk"}),
         ("Time of the store", "operation", {"read", "write"}),
     ],
