@@ -37,7 +37,7 @@ from vllm_lego.demo.server import (
 BOARD = json.loads((ROOT / "deploy" / "grafana" / "vllm-lego.json").read_text())
 PANELS = [panel for panel in BOARD["panels"] if panel["type"] != "row"]
 ROUNDS = int(os.environ.get("DASHBOARD_ROUNDS", "20"))
-WINDOW_S = 5
+WINDOW_S = 10
 WAIT_S = 30
 MERGE_BYTES = 1_843_200  # of one set of the shipped adapters, at rank 8
 SETS = [list(names) for size in (2, 3, 4) for names in combinations(shipped_adapters(), size)]
