@@ -2,7 +2,7 @@
 # All that the Dockerfile runs. Commands:
 #   wheel DIST     build the plugin's wheel from this checkout into the folder DIST
 #   plugin DIST    install that wheel beside the vLLM that is there, and prove that it works
-#   cpu            vLLM for CPUs, the embedded model in /opt/models, its adapters in /adapters
+#   cpu            vLLM for CPUs, and the embedded model and its adapters in /opt
 #   user FOLDER... the account `vllm`, uid 2000 in group 0, and the folders that it may write to
 # PYTHON names the interpreter (default: python3).
 set -euo pipefail
@@ -51,15 +51,13 @@ cpu() {
     torch=$(sed -n 's/^torch==//p' "$pins")
     pip install --no-deps --index-url "$TORCH_INDEX" "torch==$torch+cpu"
     pip install --no-deps --requirement "$pins"
-    cp -r "$source/deploy/local/vllm-metadata" /tmp/vllm-metadata # pip builds in place
-    pip install --no-deps --no-build-isolation /tmp/vllm-metadata
-    rm -rf /tmp/vllm-metadata
-    local cache=/tmp/model
-    (cd "$source" && XDG_CACHE_HOME=$cache PYTHONDONTWRITEBYTECODE=1 "$python" -m vllm_lego.demo.model)
+    pip install --no-deps --no-build-isolation "$source/deploy/local/vllm-metadata"
+    cd "$source"
+    XDG_CACHE_HOME=/tmp/model "$python" -m vllm_lego.demo.model
     mkdir -p /opt/models
-    mv "$cache"/vllm-lego/SmolLM2-135M-Instruct-* /opt/models/SmolLM2-135M-Instruct
-    rm -rf "$cache"
-    cp -r "$source/vllm_lego/demo/adapters" /adapters
+    mv /tmp/model/vllm-lego/SmolLM2-135M-Instruct-* /opt/models/SmolLM2-135M-Instruct
+    rm -rf /tmp/model
+    cp -r vllm_lego/demo/adapters /opt/adapters
 }
 
 user() {
