@@ -45,7 +45,9 @@ class Model:
             ValueError: it is not that of a dense model of Llama's shape; says why.
         """
         if {"num_local_experts", "num_experts", "n_routed_experts"} & config.keys():
-            raise ValueError("a mixture of experts has other layers than are counted here")
+            raise ValueError(
+                "--config: a mixture of experts has other layers than are counted here"
+            )
         try:
             hidden, heads = config["hidden_size"], config["num_attention_heads"]
             kv_heads = config.get("num_key_value_heads") or heads
@@ -57,14 +59,15 @@ class Model:
             is_tied = bool(config.get("tie_word_embeddings"))
             layers, vocabulary = config["num_hidden_layers"], config["vocab_size"]
         except KeyError as error:
-            raise ValueError(f"it has no {error}, which models of Llama's shape have") from error
+            raise ValueError(f"--config: no {error}, which models of Llama's shape have") from error
         return cls(hidden, layers, linears, kv_heads, head_dim, vocabulary, is_tied)
 
-    def weights(self) -> int:
-        """Return the size of the base model."""
-        layer = sum(a * b for a, b in self.linears.values()) + 2 * self.hidden
-        ends = self.vocabulary * (1 if self.is_tied else 2) + 1
-        return BF16 * (self.layers * layer + ends * self.hidden)
+    def weights(self, workers: int) -> int:
+        """Return the size of the base model on each worker."""
+        matrices = self.layers * sum(a * b for a, b in self.linears.values())
+        matrices += self.vocabulary * self.hidden * (1 if self.is_tied else 2)
+        norms = (2 * self.layers + 1) * self.hidden
+        return BF16 * (matrices // workers + norms)
 
     def adapter(self, rank: int, targets: tuple[str, ...]) -> int:
         """Return the size of an adapter or merge: lora_A [rank, inputs], lora_B [outputs, rank]."""
@@ -103,7 +106,7 @@ def table(model: Model, given: argparse.Namespace) -> list[tuple[str, str]]:
     """
     targets = ATTENTION if given.targets == "attention" else tuple(model.linears)
     workers, gpu = given.tensor_parallel_size, given.gpu_memory
-    adapter, weights = model.adapter(given.rank, targets), model.weights() // workers
+    adapter, weights = model.adapter(given.rank, targets), model.weights(workers)
     slots = given.max_loras * model.slot(given.rank, workers)
     merging = given.merge_threads * model.merging(given.members, given.rank, targets)
     outside = merging + given.device_cache_bytes
@@ -165,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         rows = table(Model.of(json.loads(given.config.read_bytes())), given)
     except (OSError, ValueError) as error:
-        parser.error(f"{given.config}: {error}")
+        parser.error(str(error))
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:{width}}  {value}" for name, value in rows))  # noqa: T201
     return 0
