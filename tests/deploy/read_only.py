@@ -6,10 +6,12 @@ that folder's VOLUMEs is read-only then. May read everything, as this interprete
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -43,6 +45,19 @@ def confine(root: Path) -> None:
     os.execvp("setpriv", command)  # noqa: S606
 
 
+def check_limits(root: Path) -> None:
+    """See that the limits hold, or what follows would show nothing."""
+    assert os.getuid() == 2000
+    for folder in root, root / "home/vllm", root.parent:
+        with contextlib.suppress(OSError):
+            (folder / "written").touch()
+            sys.exit(f"{folder} can be written to")
+    with contextlib.suppress(OSError):
+        socket.create_connection(("192.0.2.1", 443), timeout=5)  # of RFC 5737, nobody's
+        sys.exit("there is a network")
+    assert not shutil.which("cc")
+
+
 def serve(root: Path, model: str, adapters: str) -> None:
     """Print the answer to a request for a set, with its headers."""
     arguments = [model, f"--served-model-name={MODEL_NAME}", "--dtype=bfloat16", "--enforce-eager"]
@@ -51,12 +66,12 @@ def serve(root: Path, model: str, adapters: str) -> None:
         body = {"prompt": "city", "max_tokens": 4, "adapters": ["json", "plural"]}
         answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
         sys.stdout.write(json.dumps({"headers": dict(answer.headers), "body": answer.json()}))
-        assert os.getuid() == 2000
 
 
 if __name__ == "__main__":
     folder, *paths = sys.argv[1:4]
     if "--confined" in sys.argv:
+        check_limits(Path(folder))
         serve(Path(folder), *paths)
     else:
         confine(Path(folder))
