@@ -200,7 +200,7 @@ def test_the_upgrades_render(followed: Followed, tmp_path: Path):
     commands = re.findall(r"helm upgrade (vllm-lego [^`\n]*)", joined)
     assert len(commands) == 2
     for command in commands:
-        arguments = [word for word in shlex.split(command) if word != "--reuse-values"]
+        arguments = [word for word in shlex.split(command) if word != "--reset-then-reuse-values"]
         subprocess.run(
             [tool("helm4"), "template", *arguments, f"--values={tmp_path}/installed.yaml"],
             cwd=ROOT,
