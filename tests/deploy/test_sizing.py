@@ -1,0 +1,178 @@
+"""What deploy/sizing.py computes is what vLLM and the plugin take, and what SIZING.md shows."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from deploy.sizing import ATTENTION, Model, main, pinned
+from lego_core import LoraAdapter, LoraModule, MergeConfig, load_adapter, merge_adapters
+from tests.deploy.tools import ROOT
+from vllm_lego.demo.model import embedded_model
+from vllm_lego.demo.server import shipped_adapters
+from vllm_lego.packed import PackedAdapter
+from vllm_lego.recipe import Member, Recipe
+from vllm_lego.store import MergeStore
+
+DOCUMENT = (ROOT / "deploy/SIZING.md").read_text()
+LLAMA_8B = json.loads(re.search(r"```json\n(.*?)```", DOCUMENT, re.DOTALL)[1])
+NAMES = {name: f"self_attn.{name}_proj" for name in ATTENTION} | {
+    name: f"mlp.{name}_proj" for name in ("gate", "up", "down")
+}
+
+
+def embedded() -> Model:
+    return Model.of(json.loads((embedded_model() / "config.json").read_text()))
+
+
+def all_linear(model: Model, name: str, rank: int) -> LoraAdapter:
+    """An adapter of random numbers on every linear layer."""
+    draws = torch.Generator().manual_seed(len(name))
+    return LoraAdapter(
+        name,
+        {
+            f"model.layers.{layer}.{NAMES[linear]}": LoraModule(
+                torch.randn(rank, width, generator=draws, dtype=torch.bfloat16),
+                torch.randn(height, rank, generator=draws, dtype=torch.bfloat16),
+            )
+            for layer in range(model.layers)
+            for linear, (width, height) in model.linears.items()
+        },
+    )
+
+
+@pytest.mark.parametrize("targets", ["attention", "all-linear"])
+def test_a_merge_takes_what_is_computed_in_every_tier(targets: str, tmp_path: Path):
+    model = embedded()
+    if targets == "attention":
+        members = [load_adapter(shipped_adapters()[name]) for name in ("plural", "json")]
+        computed = model.adapter(8, ATTENTION)
+    else:
+        members = [all_linear(model, name, rank) for name, rank in (("a", 8), ("bc", 4))]
+        computed = model.adapter(8, tuple(model.linears))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    merged = merge_adapters(members, MergeConfig(rank=8), device=device, name=f"lego-{1:016x}")
+    packed = PackedAdapter.pack(merged)
+    assert packed.nbytes == computed
+    kept = packed.in_host_memory()
+    assert kept.host_bytes == (pinned(computed) if device == "cuda" else computed)
+
+    recipe = Recipe(merged.name, (Member("a", "/a", "digest", 1.0),), MergeConfig(rank=8))
+    MergeStore(tmp_path, 1 << 30, lambda *_: None).save(recipe, kept.unpack(), 1.0)
+    [file] = tmp_path.iterdir()
+    header = file.stat().st_size - computed
+    assert 0 < header < 100_000, "SIZING.md says 0.1 MB a file"
+
+
+def test_an_adapter_trained_for_the_model_has_the_size_that_is_computed():
+    plural = load_adapter(shipped_adapters()["plural"])
+    assert plural.nbytes == embedded().adapter(8, ATTENTION)
+
+
+@pytest.mark.parametrize(("shape", "workers"), [("embedded", 1), ("8b", 2)])
+def test_vllm_makes_slots_weights_and_cache_of_the_computed_size(
+    shape: str, workers: int, tmp_path: Path
+):
+    slots, rank = 16, 16
+    folder = tmp_path
+    if shape == "embedded":
+        folder, model = embedded_model(), embedded()
+    else:
+        model = Model.of(LLAMA_8B)
+        llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+        (folder / "config.json").write_text(json.dumps(LLAMA_8B | llama))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    given = [str(folder), str(slots), str(rank), str(workers)]
+    environment = (
+        os.environ
+        | {
+            "VLLM_PLUGINS": "",
+            "VLLM_DIST_IDENT": tmp_path.name,  # vLLM's executor sets it; the CPU's workers name memory by it
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+    )
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.deploy.vllm_shapes", *given, str(worker), str(port)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for worker in range(workers)
+    ]
+    for process in running:
+        output, _ = process.communicate()
+        assert process.returncode == 0
+        assert json.loads(output.splitlines()[-1]) == {
+            "weights": model.weights(workers),
+            "slots": slots * model.slot(rank, workers),
+            "kv_token": model.kv_token(workers),
+        }
+
+
+def test_merging_takes_no_more_than_is_computed_where_it_was_measured():
+    model = Model.of(LLAMA_8B)
+    recorded = json.loads((ROOT / "benchmarks/results/merge/cuda.json").read_text())["merges"]
+    cases = [c for c in recorded if c["model"] == "8B" and c["rank"] == c["k"]]
+    assert len({case["adapters"] for case in cases}) > 3
+    for case in cases:
+        measured = case["pool_bytes"] + case["extra_bytes"]
+        computed = model.merging(case["adapters"], case["rank"], tuple(model.linears))
+        assert measured <= computed <= 1.1 * measured, case["case"]
+
+
+def test_the_document_shows_what_the_script_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text(json.dumps(LLAMA_8B))
+    pattern = r"\$ python -m deploy\.sizing (.*)\n((?s:.*?))```"
+    [(command, shown)] = re.findall(pattern, DOCUMENT)
+    assert main(shlex.split(command)) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_the_documents_conclusions_follow_from_the_table():
+    [shown] = re.findall(r"```console\n(.*?)```", DOCUMENT, re.DOTALL)
+    tokens = int(re.search(r"KV cache +.*: ([\d,]+) tokens", shown)[1].replace(",", ""))
+    assert f"{tokens:,} tokens, {tokens // 64 // 100 * 100:,} for each of 64 requests" in DOCUMENT
+    entries = int(re.search(r"adapters and merges in it +(\d+)", shown)[1])
+    assert f"room for {entries - 200} merges" in DOCUMENT
+    assert f"{math.comb(200, 4) / 1e6:.0f} million" in DOCUMENT
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "complaint"),
+    [
+        (LLAMA_8B | {"num_local_experts": 8}, [], "a mixture of experts"),
+        ({"hidden_size": 64}, [], "no 'num_attention_heads'"),
+        (LLAMA_8B, ["--gpu-memory-utilization=0.99"], "it may be 0.98 at most"),
+        (LLAMA_8B, ["--gpu-memory=20GB"], "inside 19.65 GiB before any KV cache"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_would(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    config: dict[str, object],
+    arguments: list[str],
+    complaint: str,
+):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    with pytest.raises(SystemExit) as ended:
+        main([f"--config={file}", *arguments])
+    assert ended.value.code == 2
+    assert complaint in capsys.readouterr().err
