@@ -213,7 +213,6 @@ class Interception:
         headers.append((b"content-length", str(len(body)).encode()))
         if scope["path"].endswith(_INVOCATIONS):
             headers.append((_SAGEMAKERS_ADAPTER, serving.model.encode()))
-        headers = tracing.forwarded(headers)
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start" and serving.result is not None:
@@ -224,7 +223,8 @@ class Interception:
                 ]
             await send(message)
 
-        await self.app({**scope, "headers": headers}, replay(body, receive), send_with_headers)
+        forwarded = {**scope, "headers": tracing.forwarded(headers)}
+        await self.app(forwarded, replay(body, receive), send_with_headers)
 
 
 # SageMaker's route takes the model from this header alone. Without it, it serves the base model,
