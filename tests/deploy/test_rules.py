@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import defaultdict
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from promql_parser import MatchOp, VectorSelector, parse
 
 from tests.deploy.tools import ROOT, tool
 from tests.metrics_table import documented, registered
+from vllm_lego.settings import PREFIX, Settings
 
 FOLDER = ROOT / "deploy" / "prometheus"
 RUNBOOK = ROOT / "deploy" / "RUNBOOK.md"
@@ -56,6 +58,21 @@ def test_the_runbook_is_of_these_alerts():
     text = RUNBOOK.read_text()
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == list(ALERTS)
     assert set(re.findall(r"\]\(#(\w+)\)", text)) <= {alert.lower() for alert in ALERTS}
+
+
+def test_the_runbook_tells_of_each_reason_and_of_settings_that_exist():
+    text = RUNBOOK.read_text()
+    asked = {
+        reason
+        for rule in RULES
+        for selector in selectors(rule["expr"])
+        for matcher in selector.matchers.matchers
+        if matcher.name == "reason"
+        for reason in matcher.value.split("|")
+    }
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == asked
+    settings = {field.name.upper() for field in fields(Settings)}
+    assert set(re.findall(r"`([A-Z_]+)`", text)) <= settings | {PREFIX}
 
 
 def selectors(expression: str) -> list[VectorSelector]:
