@@ -101,8 +101,13 @@ class Prometheus:
 
 
 @pytest.fixture(scope="module")
+def program() -> str:
+    return tool("prometheus")
+
+
+@pytest.fixture(scope="module")
 def prometheus(
-    server: ServerProcess, tmp_path_factory: pytest.TempPathFactory
+    program: str, server: ServerProcess, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Prometheus]:
     """As it comes: it asks for whatever format it likes best."""
     folder = tmp_path_factory.mktemp("prometheus")
@@ -118,7 +123,7 @@ def prometheus(
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     found = Prometheus(f"http://{address}")
     command = [
-        tool("prometheus"),
+        program,
         f"--config.file={folder / 'prometheus.yml'}",
         f"--storage.tsdb.path={folder / 'data'}",
         f"--web.listen-address={address}",
@@ -173,7 +178,7 @@ def traffic(url: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def seen(server: ServerProcess, prometheus: Prometheus) -> tuple[float, float]:
+def seen(prometheus: Prometheus, server: ServerProcess) -> tuple[float, float]:
     """The start and end of a time of traffic, all of it scraped."""
     start = time.time()
     traffic(server.url)
