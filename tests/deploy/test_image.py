@@ -58,17 +58,19 @@ def stage_of(reference: str) -> str:
     return re.sub(r"\$\{(\w+)\}", lambda name: pairs("ARG")[name[1]], reference)
 
 
+PATTERNS = [
+    line
+    for line in (ROOT / ".dockerignore").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+
+
 def is_ignored(path: str) -> bool:
     """Whether .dockerignore keeps a path from the build: the last line that matches decides."""
-    patterns = [
-        line
-        for line in (ROOT / ".dockerignore").read_text().splitlines()
-        if line and not line.startswith("#")
-    ]
     ignored = False
     parts = path.split("/")
     above = ["/".join(parts[: end + 1]) for end in range(len(parts))]
-    for pattern in patterns:
+    for pattern in PATTERNS:
         glob = pattern.removeprefix("!")
         anywhere = glob.removeprefix("**/")
         names = parts if anywhere != glob else above
@@ -79,15 +81,15 @@ def is_ignored(path: str) -> bool:
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the build sees of the checkout: the committed files as they are now, less the ignored."""
+    """What the build sees of the checkout: nothing but what .dockerignore takes back in."""
+    assert PATTERNS[0] == "*"
     folder = tmp_path_factory.mktemp("context")
-    listed = subprocess.check_output(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True
-    )
-    for path in listed.splitlines():
-        if not is_ignored(path) and (ROOT / path).is_file():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / path, folder / path)
+    for named in (ROOT / pattern[1:] for pattern in PATTERNS if pattern.startswith("!")):
+        for source in named.rglob("*") if named.is_dir() else [named]:
+            path = source.relative_to(ROOT)
+            if source.is_file() and not is_ignored(str(path)):
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, folder / path)
     return folder
 
 

@@ -60,16 +60,16 @@ class Followed:
         (checkout / "deploy").symlink_to(ROOT / "deploy")
         for name, shipped in zip(("sql", "style"), shipped_adapters().values(), strict=False):
             shutil.copytree(shipped, checkout / "adapters" / name)
-        git = subprocess.check_output(
-            ["git", "rev-parse", "--absolute-git-dir"], cwd=ROOT, text=True
-        )
+        git = ["git", "-C", str(checkout), "-c", "user.name=reader", "-c", "user.email=reader@host"]
+        for arguments in ["init"], ["commit", "--allow-empty", "--message=checkout"]:
+            subprocess.run([*git, *arguments], check=True, capture_output=True)
         self.block = re.search(r"```bash\n(export IMAGE.*?)```", README, re.DOTALL)[1]
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", self.block + "\nwait"],
             cwd=checkout,
             env=os.environ
             | {"PATH": f"{programs}:{os.environ['PATH']}", "NOTES": str(notes), "HELM": tool(helm)}
-            | {"VOLUME": str(self.volume), "GIT_DIR": git.strip()},
+            | {"VOLUME": str(self.volume)},
             capture_output=True,
             text=True,
             check=False,
