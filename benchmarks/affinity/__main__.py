@@ -88,11 +88,12 @@ def _table(result: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for run in result["runs"]:
-        hits = run["results"]["hit"] + run["results"]["coalesced"]
+        served = sum(run["results"].values())  # more than were sent if the router asks by itself
+        hits = served - run["results"]["miss"]
         tiers = " | ".join(str(run["hits"][tier]) for tier in TIERS)
         lines.append(
             f"| `{run['policy']}` | {run['store']} | {run['results']['miss']} | {hits} | {tiers} | "
-            f"{hits / result['requests']:.0%} | {' and '.join(map(str, run['shares']))} |"
+            f"{hits / served:.0%} | {' and '.join(map(str, run['shares']))} |"
         )
     agree = "the same" if result["same_answers"] else "NOT the same"
     lines += ["", f"All runs gave {agree} answers to the same requests, token for token."]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -67,7 +67,7 @@ def urls(servers: list[ServerProcess]) -> list[str]:
 class Echo(BaseHTTPRequestHandler):
     """Answers with the body and the headers it was sent; 503 to a prompt of "busy"."""
 
-    busy = 0
+    asked: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
         self.send_response(200)
@@ -78,7 +78,7 @@ class Echo(BaseHTTPRequestHandler):
         headers = [name.lower() for name in self.headers]
         body = json.loads(sent)
         busy = body.get("prompt") == "busy"
-        Echo.busy += busy
+        Echo.asked.append(self.path)
         answer = json.dumps({"body": body, "headers": headers}).encode()
         self.send_response(503 if busy else 200)
         self.send_header("retry-after", "7")
@@ -208,11 +208,19 @@ def test_what_reaches_a_replica_on_each_route():
 
 @pytest.mark.parametrize(("flags", "attempts"), [([], 5), (["--retry-max-retries=2"], 2)])
 def test_how_often_a_busy_replica_is_asked(flags, attempts):
-    before = Echo.busy
+    Echo.asked.clear()
     with echo() as url, router("consistent_hash", [url], *flags) as process:
         answer = httpx.post(process.url + "/v1/completions", json=PROMPT | {"prompt": "busy"})
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")
-    assert Echo.busy - before == attempts
+    assert Echo.asked == ["/v1/completions"] * attempts
+
+
+def test_the_default_policy_asks_every_replica_to_render_each_request():
+    """Which names the set, and so has it merged there: not a policy for sets."""
+    Echo.asked.clear()
+    with echo() as one, echo() as two, router("cache_aware", [one, two]) as process:
+        httpx.post(process.url + "/v1/completions", json=PROMPT | {"adapters": ["a", "b"]})
+    assert sorted(Echo.asked) == ["/v1/completions"] + ["/v1/completions/render"] * 2
 
 
 def test_a_replica_that_never_saw_a_set_answers_all_the_same(pair, routed):
