@@ -279,11 +279,28 @@ def test_time_to_start_and_to_end():
     container, deployment = server(manifests), of_kind(manifests, "Deployment")["spec"]
     start = container["startupProbe"]
     assert start["periodSeconds"] * start["failureThreshold"] == 30 * 60
+    probes = [
+        container[f"{kind}Probe"]["httpGet"]["path"]
+        for kind in ("startup", "readiness", "liveness")
+    ]
+    assert probes == ["/health"] * 3
+    assert container["lifecycle"]["preStop"]["sleep"]["seconds"] == 15
     assert deployment["progressDeadlineSeconds"] > 30 * 60
     assert pod(manifests)["terminationGracePeriodSeconds"] == 15 + 300 + 30
     assert deployment["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
     alone = render("minimal", {"pvcStorage": "100Gi"})
     assert of_kind(alone, "Deployment")["spec"]["strategy"] == {"type": "Recreate"}
+
+
+def test_the_test_pod_may_ask_and_is_not_asked():
+    manifests = render("everything")
+    labels = of_kind(manifests, "Pod")["metadata"]["labels"].items()
+    (rule,) = of_kind(manifests, "NetworkPolicy")["spec"]["ingress"]
+    allowed = [
+        peer["podSelector"]["matchLabels"].items() for peer in rule["from"] if "podSelector" in peer
+    ]
+    assert any(selector <= labels for selector in allowed)
+    assert not of_kind(manifests, "Service")["spec"]["selector"].items() <= labels
 
 
 def test_an_autoscaler_has_the_replicas_to_itself():
