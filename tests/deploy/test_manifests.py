@@ -76,7 +76,7 @@ SEMANTIC = {
         "variable HOME is there twice",
     ),
     "missing claim": (
-        _put(f"{POD}.volumes.3.persistentVolumeClaim.claimName", "lego-llm-modles"),
+        _put(f"{POD}.volumes.4.persistentVolumeClaim.claimName", "lego-llm-modles"),
         "PersistentVolumeClaim lego-llm-modles is not there",
     ),
     "missing account": (_put(f"{POD}.serviceAccountName", "lego-llm-x"), "lego-llm-x is not there"),
@@ -90,7 +90,7 @@ SEMANTIC = {
     "gpu without limit": (_put(f"{SERVER}.resources.limits", {"cpu": 9}), "must be equal"),
     "memory": (_put(f"{SERVER}.resources.requests.memory", "65Gi"), "is above limit 64Gi"),
     "quantity": (_put(f"{SERVER}.resources.limits.memory", "64GiB"), "'64GiB' is no quantity"),
-    "size": (_put(f"{POD}.volumes.2.emptyDir.sizeLimit", "many"), "'many' is no quantity"),
+    "size": (_put(f"{POD}.volumes.3.emptyDir.sizeLimit", "many"), "'many' is no quantity"),
     "rollout": (
         _put("Deployment.spec.strategy.rollingUpdate", {"maxSurge": 0, "maxUnavailable": "0%"}),
         "no rollout can begin",

@@ -100,6 +100,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- define "vllm-lego.volumeMounts" -}}
 - {name: tmp, mountPath: /tmp}
 - {name: home, mountPath: /home/vllm}
+- {name: cache, mountPath: /home/vllm/.cache} # a volume of the image, else made anew by the runtime
 - {name: shm, mountPath: /dev/shm}
 - {name: models, mountPath: /models}
 - name: adapters
