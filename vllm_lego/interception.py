@@ -211,7 +211,6 @@ class Interception:
         body = with_model(rest, serving.model)
         headers = [(k, v) for k, v in scope["headers"] if k.lower() not in _OF_THE_OLD_BODY]
         headers.append((b"content-length", str(len(body)).encode()))
-        headers = tracing.forwarded(headers)
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start" and serving.result is not None:
@@ -222,7 +221,8 @@ class Interception:
                 ]
             await send(message)
 
-        await self.app({**scope, "headers": headers}, replay(body, receive), send_with_headers)
+        forwarded = {**scope, "headers": tracing.forwarded(headers)}
+        await self.app(forwarded, replay(body, receive), send_with_headers)
 
 
 # SageMaker's route takes the model from this header, where there is one, not from the body.
