@@ -204,7 +204,8 @@ ROWS = {
         graph(
             "Adapter slots in use",
             "Mean number of sets and adapters admitted to vLLM, of its --max-loras "
-            "(vllm_lego_slots_in_use, vllm_lego_slots). All in use with requests waiting: raise --max-loras.",
+            "(vllm_lego_slots_in_use, vllm_lego_slots). All in use with requests waiting: raise "
+            "--max-loras.",
             {
                 "in use": level("vllm_lego_slots_in_use"),
                 "all": level("vllm_lego_slots"),
