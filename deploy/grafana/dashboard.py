@@ -18,6 +18,7 @@ from panels import (
     DASHED,
     ON_THE_RIGHT,
     graph,
+    level,
     mean,
     quantile,
     rate,
@@ -178,13 +179,13 @@ ROWS = {
     "Fairness: does anybody wait too long?": [
         graph(
             "Requests waiting",
-            "Requests that wait for a merge, for room on the device or for one of vLLM's adapter "
-            "slots (vllm_lego_waiting_requests), and in vLLM's own queue "
+            "Mean number of requests that wait for a merge, for room on the device or for one of "
+            "vLLM's adapter slots (vllm_lego_waiting_requests), and in vLLM's own queue "
             "(vllm:num_requests_waiting). For slots: raise --max-loras, or send a set's requests "
             "to the same instance.",
             {
-                "{{reason}}": f"sum by (reason) ({series('vllm_lego_waiting_requests')})",
-                "vLLM's queue": f"sum({series('vllm:num_requests_waiting')})",
+                "{{reason}}": level("vllm_lego_waiting_requests", "reason"),
+                "vLLM's queue": level("vllm:num_requests_waiting"),
             },
             stacked=True,
         ),
@@ -202,20 +203,21 @@ ROWS = {
         ),
         graph(
             "Adapter slots in use",
-            "Sets and adapters admitted to vLLM, of its --max-loras (vllm_lego_slots_in_use, "
-            "vllm_lego_slots). All in use with requests waiting: raise --max-loras.",
+            "Mean number of sets and adapters admitted to vLLM, of its --max-loras "
+            "(vllm_lego_slots_in_use, vllm_lego_slots). All in use with requests waiting: raise "
+            "--max-loras.",
             {
-                "in use": f"sum({series('vllm_lego_slots_in_use')})",
-                "all": f"sum({series('vllm_lego_slots')})",
+                "in use": level("vllm_lego_slots_in_use"),
+                "all": level("vllm_lego_slots"),
             },
             overrides={"all": DASHED},
         ),
         graph(
             "Merges queued or running",
-            "Sets that somebody waits for (vllm_lego_merges_in_progress). At "
+            "The most at a time of sets that somebody waits for (vllm_lego_merges_in_progress). At "
             "VLLM_LEGO_MAX_QUEUED_MERGES new sets get 503: scale out, or merge ahead by "
             "POST /v1/adapters/merge.",
-            {"merges": f"sum({series('vllm_lego_merges_in_progress')})"},
+            {"merges": level("vllm_lego_merges_in_progress", over="max")},
         ),
     ],
     "Streams: do merges hurt anybody?": [
@@ -251,11 +253,11 @@ ROWS = {
         ),
         graph(
             "Requests running",
-            "Requests in vLLM's batch (vllm:num_requests_running) and in its queue "
+            "Mean number of requests in vLLM's batch (vllm:num_requests_running) and in its queue "
             "(vllm:num_requests_waiting).",
             {
-                "running": f"sum({series('vllm:num_requests_running')})",
-                "waiting": f"sum({series('vllm:num_requests_waiting')})",
+                "running": level("vllm:num_requests_running"),
+                "waiting": level("vllm:num_requests_waiting"),
             },
         ),
     ],

@@ -56,6 +56,12 @@ def rate(metric: str, by: str = "", where: str = "") -> str:
     return f"sum{by and f' by ({by}) '}(rate({series(metric, where)}[$__rate_interval]))"
 
 
+def level(gauge: str, by: str = "", over: str = "avg") -> str:
+    """Return the mean of a gauge between two points of the graph, or the `max`."""
+    grouped = by and f" by ({by}) "
+    return f"sum{grouped}({over}_over_time({series(gauge)}[$__rate_interval]))"
+
+
 def quantile(q: float, histogram: str, by: str = "", where: str = "") -> str:
     """Return a quantile of what was observed; absent, not NaN, while nothing is."""
     labels = f"le, {by}" if by else "le"
