@@ -3,8 +3,8 @@
     .venv/bin/python -m benchmarks.affinity    # four servers, two at a time, and vllm-router
 
 Two replicas of a small random Llama behind `vllm-router`; 40 pairs of ten adapters, each asked for
-five times in one random order, four requests at a time. A replica keeps about half of the sets in
-host memory, fewer on its device, and starts each run empty. Policies of the router are measured
+five times in one random order, four requests at a time. A replica has room for part of
+the sets in host memory, for fewer on its device, and starts each run empty. Policies of the router are measured
 without a store and with one that the replicas share.
 """
 
@@ -82,7 +82,7 @@ def _table(result: dict[str, Any]) -> str:
         f"`{result['command']}`, {result['device']}, "
         + ", ".join(f"{name} {of}" for name, of in result["versions"].items()),
         "",
-        f"{result['requests']} requests of {result['sets']} sets, two replicas; hits by where they were found.",
+        f"{result['requests']} requests of {result['sets']} sets, two replicas; hits by where they were found; requests as the replicas counted them.",
         "",
         f"| router's policy | store | merges | hits | {' | '.join(TIERS)} | hit rate | requests by replica |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -110,7 +110,7 @@ def text(answer: httpx.Response) -> str:
 
 
 def test_affinity_merges_each_set_on_one_replica_only(pair):
-    """200 requests of 40 sets, of which a replica keeps about half."""
+    """200 requests of 40 sets, of which a replica has room for only a part."""
     measured = {}
     for policy in ("round_robin", "consistent_hash"):
         with router(policy, urls(pair)) as process:
