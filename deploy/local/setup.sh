@@ -150,12 +150,6 @@ if [ "$oldest_vllm" ] && ! stamped oldest-vllm "$oldest_vllm"; then
     stamp oldest-vllm "$oldest_vllm"
 fi
 
-tools=$(digest deploy/local/deploy_tools.sh)
-if ! stamped deploy-tools "$tools"; then
-    say "helm and Prometheus (90 MB), in .venv/deploy-tools/, for the tests of deploy/"
-    if deploy/local/deploy_tools.sh; then stamp deploy-tools "$tools"; fi
-fi
-
 project=$(digest pyproject.toml deploy/local/vllm-metadata/pyproject.toml)
 if ! stamped project "$project"; then
     say "vllm-lego itself, editable"

@@ -1,4 +1,4 @@
-"""The programs that set-up puts into .venv/deploy-tools/."""
+"""The programs that `make test` puts into .venv/deploy-tools/."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def tool(name: str) -> str:
-    """Return the path of a program. Where set-up could not get it: skip, in CI fail."""
+    """Return the path of a program. Where it could not be had: skip, in CI fail."""
     path = ROOT / ".venv" / "deploy-tools" / name
     if path.exists():
         return str(path)
-    reason = f"{name} is not in .venv/deploy-tools/; `make setup` says why"
+    reason = f"{name} is not in .venv/deploy-tools/; deploy/local/deploy_tools.sh says why"
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
