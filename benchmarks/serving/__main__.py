@@ -137,6 +137,8 @@ async def _compare(run: Run, wanted: Sequence[str]) -> None:
         "VLLM_LEGO_HOST_CACHE_BYTES": str(budgets["host"]),
         "VLLM_LEGO_STORE_DIR": str(run.folder / "store"),
     }
+    if not torch.cuda.is_available():
+        budgets["host"] += budgets["device"]  # it is the same memory
     with peers.running(run.model, natives, adapters, settings, run.arguments) as both:
         async with Comparison(run.options, run.figures, both, adapters, budgets) as comparison:
             await comparison.warm_up()

@@ -167,23 +167,15 @@ class Comparison:
 
     async def _s8(self) -> None:
         for what, taken in self._taken().items():
-            budget = (
-                self._budgets["device"]
-                if what.startswith("device")
-                else sum(self._budgets.values())
-            )
-            self._figures.add(
-                "S8",
-                what,
-                {
-                    "taken; peer: the budget": (
-                        "bytes",
-                        "<= 1.0",
-                        taken - self._before[what],
-                        budget,
-                    )
-                },
-            )
+            measures = {
+                "taken; peer: the budget": (
+                    "bytes",
+                    "<= 1.0",
+                    taken - self._before[what],
+                    self._budgets[what],
+                )
+            }
+            self._figures.add("S8", what, measures)
 
     def _set(self, first: int, weight: float = 1.0) -> list[Any]:
         """Three known adapters that follow each other; weights make sets new."""
@@ -249,8 +241,8 @@ class Comparison:
 
     def _taken(self) -> dict[str, int]:
         device = device_bytes()
-        found = {"resident memory": resident_bytes(self._both.lego)}
-        return found if device is None else {**found, "device memory of both servers": device}
+        host = {"host": resident_bytes(self._both.lego)}
+        return host if device is None else {**host, "device": device}
 
 
 async def _timed(client: httpx.AsyncClient, join: Join) -> float:
