@@ -18,7 +18,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "store too large": ("minimal", {"lego.storeBytes": "21.5GB"}, "storeBytes"),
     "store just too large": ("minimal", {"lego.storeBytes": 21474836481}, "cannot hold"),
     "limit of no store": ("minimal", {"store.type": "none", "lego.storeBytes": "1GiB"}, "a store that is not there"),
-    "store too small, in parts": ("minimal", {"store.size": "0.0156Ti"}, "cannot hold lego.storeBytes"),
     "model cache not shared": ("shared-store", {"pvcExistingClaim": "", "pvcStorage": "9Gi", "pvcAccessMode": ["ReadWriteOnce"]}, "3 replicas share"),
     "cache of one node": ("shared-store", {"pvcAccessMode": ["ReadWriteOncePod"]}, "pvcAccessMode: 3 replicas share"),
     "adapters of one node": ("shared-store", {"adapters.accessModes": ["ReadWriteOnce"]}, "adapters.accessModes: 3 replicas share"),
