@@ -147,6 +147,17 @@ def _identity(field: str, item: Object) -> Any:
     return item[key] if key in item else item["port"]
 
 
+def _twice(value: Any, field: str = "") -> set[str]:
+    """Return what server-side apply refuses: items of one list with the same name."""
+    if isinstance(value, dict):
+        return set().union(*(_twice(item, name) for name, item in value.items()))
+    if not isinstance(value, list):
+        return set()
+    names = [item["name"] for item in value] if _MERGE_KEYS.get(field) == "name" else []
+    found = {f"{field}[name={name}]" for name in names if names.count(name) > 1}
+    return found.union(*(_twice(item) for item in value))
+
+
 class _Handler(BaseHTTPRequestHandler):
     cluster: Cluster
     protocol_version = "HTTP/1.1"
@@ -205,6 +216,8 @@ class _Handler(BaseHTTPRequestHandler):
             case "DELETE":
                 del objects[key]
                 return {"kind": "Status", "apiVersion": "v1", "status": "Success"}
+            case "PATCH" if applied and (twice := sorted(_twice(sent))):
+                raise Refusal(422, "Invalid", f"duplicate entries for key {', '.join(twice)}")
             case "PATCH" if not applied:  # when applied: all there is comes from one manager, helm
                 sent = strategic_merge(copy.deepcopy(objects[key]), sent)
         return self.cluster.write(key, sent)

@@ -12,6 +12,7 @@ from typing import Any
 Manifest = dict[str, Any]
 
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")  # RFC 1123
+_SERVICE = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")  # RFC 1035, which older API servers ask
 _SUBDOMAIN = re.compile(rf"{_LABEL.pattern}(\.{_LABEL.pattern})*")
 _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?")
 _QUANTITY = re.compile(r"\d+(\.\d+)?(m|[kMGTPE]|[KMGTPE]i)?")
@@ -109,7 +110,7 @@ def _alone(manifest: Manifest) -> Iterator[str]:
 def _names(manifest: Manifest) -> Iterator[str]:
     name = manifest["metadata"]["name"]
     strict = manifest["kind"] == "Service"
-    if not (_LABEL if strict else _SUBDOMAIN).fullmatch(name) or len(name) > (
+    if not (_SERVICE if strict else _SUBDOMAIN).fullmatch(name) or len(name) > (
         63 if strict else 253
     ):
         yield f"{name!r} is no name for it"
@@ -259,6 +260,8 @@ def _among(manifest: Manifest, release: list[Manifest]) -> Iterator[str]:
             f"targetPort {port} is no port of a pod" for port in wanted if port not in known
         )
     if kind == "NetworkPolicy":
+        if not all(rule.get("from") for rule in spec.get("ingress", [])):
+            yield "an ingress rule without `from` lets everybody in"
         wanted = [p["port"] for rule in spec.get("ingress", []) for p in rule.get("ports", [])]
         yield from (
             f"ingress port {port} is no port of a pod" for port in wanted if port not in known

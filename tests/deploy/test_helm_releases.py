@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.deploy.api_server import Cluster, serving
-from tests.deploy.charts import CHART, HELMS, VALUES, ChartError, helm, render
+from tests.deploy.charts import CHART, HELMS, VALUES, ChartError, helm, render, server
 
 Run = Callable[..., str]
 
@@ -115,6 +115,15 @@ def test_upgrade_and_rollback(run, cluster):
     assert cluster.of_release() == []
 
 
+def test_variables_in_place_of_the_charts(run, cluster):
+    """A second one of the same name would be refused by server-side apply, helm 4's."""
+    change = {"env": [{"name": "HOME", "value": "/home/vllm/server"}]}
+    run("install", *_values("minimal"), "--create-namespace")
+    run("upgrade", *_values("minimal", change))
+    assert _sorted(cluster.of_release()) == _made("minimal", change)
+    assert [v for v in server(cluster.of_release())["env"] if v["name"] == "HOME"] == change["env"]
+
+
 def test_between_the_autoscalers(run, cluster):
     """One goes as the other comes, and the replicas are never set again."""
     run("install", *_values("everything"), "--create-namespace")
@@ -139,12 +148,12 @@ REJECTED = {
 def test_a_rejected_upgrade_leaves_the_server_alone(why, run, cluster):
     changes, said = REJECTED[why]
     run("install", *_values("minimal"), "--create-namespace")
-    (server,) = (m for m in cluster.of_release() if m["kind"] == "Deployment")
+    (before,) = (m for m in cluster.of_release() if m["kind"] == "Deployment")
     with pytest.raises(ChartError) as rejected:
         run("upgrade", *_values("minimal", changes))
     assert said in str(rejected.value)
     assert _statuses(run) == ["deployed", "failed"]
-    assert server in cluster.of_release()
+    assert before in cluster.of_release()
     run("rollback", "1")
     assert _sorted(cluster.of_release()) == _made("minimal")
 

@@ -42,6 +42,7 @@ POD = "Deployment.spec.template.spec"
 SERVER = f"{POD}.containers.0"
 SEMANTIC = {
     "no name": (_put("Service.metadata.name", "Lego_Service"), "is no name for it"),
+    "digit first": (_put("Service.metadata.name", "1lego"), "is no name for it"),
     "long name": (_put("Service.metadata.name", "l" * 64), "is no name for it"),
     "label": (_put("Deployment.metadata.labels.team", "-ml-"), "label team"),
     "selector": (
@@ -83,6 +84,7 @@ SEMANTIC = {
     "probe's port": (_put(f"{SERVER}.livenessProbe.httpGet.port", "https"), "asks port https"),
     "service's port": (_put("Service.spec.ports.0.targetPort", "https"), "https is no port"),
     "policy's port": (_put("NetworkPolicy.spec.ingress.0.ports.0.port", 8000), "8000 is no port"),
+    "policy for all": (_put("NetworkPolicy.spec.ingress.0.from", []), "lets everybody in"),
     "monitor's port": (_put("ServiceMonitor.spec.endpoints.0.port", "metrics"), "port metrics"),
     "port range": (_put("Service.spec.ports.0.port", 70000), "70000 is no port"),
     "port name": (_put(f"{SERVER}.ports.0.name", "the-http-endpoint"), "is no name"),

@@ -13,11 +13,24 @@
 {{- fail (printf "%s: at least %v replicas is more than at most %v" (index $scaler 0) (index $scaler 1) (index $scaler 2)) }}
 {{- end }}
 {{- end }}
-{{- if and (eq $v.store.type "shared") (not $v.store.existingClaim) (not (has "ReadWriteMany" $v.store.accessModes)) }}
+{{- if and (eq $v.store.type "shared") (not (has "ReadWriteMany" $v.store.accessModes)) }}
 {{- fail "store.type shared: pods on several nodes write it, so store.accessModes must have ReadWriteMany; without such a storage class set store.type to pod" }}
 {{- end }}
 {{- if and $v.store.existingClaim (ne $v.store.type "shared") }}
 {{- fail (printf "store.existingClaim %s is only for store.type shared, not %s" $v.store.existingClaim $v.store.type) }}
+{{- end }}
+{{- $seen := list }}
+{{- range $v.env }}
+{{- if has .name (list "VLLM_API_KEY" "HF_TOKEN") }}
+{{- fail (printf "env: %s is not set here but by %s.secretName and secretKey, since others than the server need it, too" .name (ternary "hf_token" "vllmApiKey" (eq .name "HF_TOKEN"))) }}
+{{- else if has .name $seen }}
+{{- fail (printf "env: %s is there twice; leave one" .name) }}
+{{- end }}
+{{- $seen = append $seen .name }}
+{{- end }}
+{{- $name := include "vllm-lego.fullname" . }}
+{{- if not (regexMatch "^[a-z][a-z0-9-]*$" $name) }}
+{{- fail (printf "%s cannot be the name of a Service, which begins with a letter and has letters, digits and - only; set fullnameOverride" $name) }}
 {{- end }}
 {{- $storeBytes := $v.lego.storeBytes }}
 {{- if eq $v.store.type "none" }}
@@ -30,11 +43,13 @@
 {{- fail (printf "store.size %v cannot hold lego.storeBytes, %v; raise the one or lower the other" $v.store.size $limit) }}
 {{- end }}
 {{- end }}
-{{- if and (gt $replicas 1) (include "vllm-lego.exclusiveClaim" .) }}
-{{- fail (printf "pvcAccessMode %v: %d replicas share the model cache, so it must have ReadWriteMany; or leave pvcStorage empty, and each pod downloads for itself" $v.pvcAccessMode $replicas) }}
-{{- end }}
 {{- if and $v.adapters.existingClaim $v.adapters.download }}
 {{- fail "adapters.existingClaim is read-only, so adapters.download cannot fill it; set one of the two" }}
+{{- end }}
+{{- with include "vllm-lego.exclusiveClaim" . | trim }}
+{{- if gt $replicas 1 }}
+{{- fail (printf "%s: %d replicas share a claim that one node can mount; use a ReadWriteMany claim and say so there, or have one replica, or leave the claim out, and each pod downloads for itself" . $replicas) }}
+{{- end }}
 {{- end }}
 {{- $least := add $v.preStopSleepSeconds $v.vllmConfig.shutdownTimeout 10 }}
 {{- $grace := include "vllm-lego.gracePeriod" . | int64 }}

@@ -43,9 +43,21 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- else }}{{ .Values.replicaCount }}{{ end }}
 {{- end }}
 
-{{- /* "true" where only the pods of one node can mount the model cache. */ -}}
+{{- /* The value that says of a claim that only the pods of one node can mount it; "" if there is none. */ -}}
 {{- define "vllm-lego.exclusiveClaim" -}}
-{{- if and .Values.pvcStorage (not .Values.pvcExistingClaim) (not (has "ReadWriteMany" .Values.pvcAccessMode)) }}true{{ end }}
+{{- $v := .Values -}}
+{{- range list
+  (list "adapters.accessModes" $v.adapters.existingClaim $v.adapters.accessModes)
+  (list "pvcAccessMode" (default $v.pvcStorage $v.pvcExistingClaim) $v.pvcAccessMode) }}
+{{- $modes := index . 2 }}
+{{- if and (index . 1) (not (or (has "ReadWriteMany" $modes) (has "ReadOnlyMany" $modes))) }}{{ index . 0 }} {{ end }}
+{{- end }}
+{{- end }}
+
+{{- /* Of either autoscaler. */ -}}
+{{- define "vllm-lego.scalingBehavior" -}}
+scaleDown: # a new pod needs minutes to start, so do not hurry to end one
+  stabilizationWindowSeconds: 600
 {{- end }}
 
 {{- define "vllm-lego.gracePeriod" -}}
@@ -53,12 +65,12 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{ default (add $least 30) .Values.terminationGracePeriodSeconds | int64 }}
 {{- end }}
 
-{{- /* A number of bytes: 20Gi, as Kubernetes writes it, 20GiB and 20GB, as the plugin does, or digits. */ -}}
+{{- /* A number of bytes: 1.5Ti, as Kubernetes writes it, 20GiB and 20GB, as the plugin does, or digits. */ -}}
 {{- define "vllm-lego.bytes" -}}
 {{- $text := ternary (. | toString) (. | int64 | toString) (kindIs "string" .) | upper | replace " " "" | trimSuffix "B" -}}
-{{- $digits := regexFind "^[0-9]+" $text -}}
+{{- $digits := regexFind "^[0-9.]+" $text -}}
 {{- $powers := dict "" 1 "K" 1000 "M" 1000000 "G" 1000000000 "T" 1000000000000 "KI" 1024 "MI" 1048576 "GI" 1073741824 "TI" 1099511627776 -}}
-{{- mul (int64 $digits) (get $powers (trimPrefix $digits $text)) -}}
+{{- mulf (float64 $digits) (get $powers (trimPrefix $digits $text)) | int64 -}}
 {{- end }}
 
 {{- /* The plugin's settings as variables: lego's values, and those that follow from other values. */ -}}
@@ -97,7 +109,10 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 {{- end }}
 
+{{- /* Takes a list: the context, and whether adapters may be put into /adapters. */ -}}
 {{- define "vllm-lego.volumeMounts" -}}
+{{- $fill := index . 1 -}}
+{{- with index . 0 -}}
 - {name: tmp, mountPath: /tmp}
 - {name: home, mountPath: /home/vllm}
 - {name: cache, mountPath: /home/vllm/.cache} # a volume of the image, else made anew by the runtime
@@ -108,7 +123,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
   {{- with .Values.adapters.subPath }}
   subPath: {{ . | quote }}
   {{- end }}
-  {{- if .Values.adapters.existingClaim }}
+  {{- if or .Values.adapters.existingClaim (not $fill) }}
   readOnly: true
   {{- end }}
 {{- if ne .Values.store.type "none" }}
@@ -119,6 +134,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 {{- with .Values.extraVolumeMounts }}
 {{ toYaml . }}
+{{- end }}
 {{- end }}
 {{- end }}
 
