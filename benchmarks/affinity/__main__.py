@@ -3,9 +3,10 @@
     .venv/bin/python -m benchmarks.affinity    # four servers, two at a time, and vllm-router
 
 Two replicas of a small random Llama behind `vllm-router`; 40 pairs of ten adapters, each asked for
-five times in one random order, four requests at a time. A replica has room for part of
-the sets in host memory, for fewer on its device, and starts each run empty. Policies of the router are measured
-without a store and with one that the replicas share.
+five times in random order, four requests at a time. A replica has room for part of the sets in host
+memory, for fewer on its device, and starts each run empty. Policies of the router are measured
+without a store and with one that the replicas share, on the same ports: the router hashes them.
+Each is measured with the same few draws of the order and of the keys.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import os
 import platform
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +43,35 @@ def main() -> int:
     )
     parser.add_argument("--repeats", type=int, default=5, help="requests for each set")
     parser.add_argument("--clients", type=int, default=4, help="requests at a time")
+    parser.add_argument("--draws", type=int, default=3, help="runs of each policy")
+    parser.add_argument(
+        "--ports", type=int, nargs=2, default=(18101, 18102), help="of the replicas"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    answers = []
+    answers: dict[int, list[Any]] = {}
+    same_answers = True
     for store, policies in STORES.items():
         with tempfile.TemporaryDirectory() as folder:
             where = Path(folder) / "store" if store == "shared" else None
-            with replicas(Path(folder), embedded_model(), store=where) as servers:
+            with replicas(
+                Path(folder), embedded_model(), store=where, ports=options.ports
+            ) as servers:
                 urls = [server.url for server in servers]
-                for policy in policies:
+                for policy, draw in product(policies, range(options.draws)):
                     with router(policy, urls) as process:
                         run = measure(
-                            process.url, servers, repeats=options.repeats, clients=options.clients
+                            process.url,
+                            servers,
+                            repeats=options.repeats,
+                            clients=options.clients,
+                            draw=draw,
                         )
-                    answers.append(run.answers)
+                    same_answers &= run.answers == answers.setdefault(draw, run.answers)
                     found = asdict(run)
                     del found["answers"], found["kept"]
-                    rows.append({"policy": policy, "store": store, **found})
+                    rows.append({"policy": policy, "store": store, "draw": draw, **found})
                     print(json.dumps(rows[-1]), flush=True)
     result = {
         "command": " ".join(["python -m benchmarks.affinity", *sys.argv[1:]]),
@@ -65,7 +79,8 @@ def main() -> int:
         "versions": {name: version(name) for name in ("vllm", "vllm-lego", "vllm-router")},
         "sets": len(SETS),
         "requests": len(SETS) * options.repeats,
-        "same_answers": all(given == answers[0] for given in answers),
+        "ports": list(options.ports),
+        "same_answers": same_answers,
         "runs": rows,
     }
     options.out.mkdir(parents=True, exist_ok=True)
@@ -76,28 +91,63 @@ def main() -> int:
 
 
 def _table(result: dict[str, Any]) -> str:
+    head = ["merges", "hits", "coalesced", *TIERS, "hit rate", "requests by replica"]
+    ports = " and ".join(map(str, result["ports"]))
     lines = [
         "# Affinity: sets merged again on another replica, or not",
         "",
         f"`{result['command']}`, {result['device']}, "
         + ", ".join(f"{name} {of}" for name, of in result["versions"].items()),
         "",
-        f"{result['requests']} requests of {result['sets']} sets, two replicas; hits by where they were found; requests as the replicas counted them.",
+        f"{result['requests']} requests of {result['sets']} sets, two replicas on the ports {ports}.",
+        "All requests that the replicas served are merges, hits or coalesced, as the plugin's metrics",
+        "count them; a coalesced one waited for another's merge.",
         "",
-        f"| router's policy | store | merges | hits | {' | '.join(TIERS)} | hit rate | requests by replica |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        _row("router's policy", "store", *head),
+        _row(*["---"] * (2 + len(head))),
+    ]
+    of_policy = groupby(result["runs"], key=lambda run: (run["policy"], run["store"]))
+    for (policy, store), runs in of_policy:
+        columns = zip(*map(_cells, runs), strict=True)
+        lines.append(_row(f"`{policy}`", store, *map(_span, columns)))
+    agree = "the same" if result["same_answers"] else "NOT the same"
+    lines += [
+        "",
+        f"All policies got {agree} answers to the same requests, token for token.",
+        "",
+        "By draw of the order of requests, and of the keys that the router hashes:",
+        "",
+        _row("router's policy", "store", "draw", *head),
+        _row(*["---"] * (3 + len(head))),
     ]
     for run in result["runs"]:
-        served = sum(run["results"].values())  # more than were sent if the router asks by itself
-        hits = served - run["results"]["miss"]
-        tiers = " | ".join(str(run["hits"][tier]) for tier in TIERS)
-        lines.append(
-            f"| `{run['policy']}` | {run['store']} | {run['results']['miss']} | {hits} | {tiers} | "
-            f"{hits / served:.0%} | {' and '.join(map(str, run['shares']))} |"
-        )
-    agree = "the same" if result["same_answers"] else "NOT the same"
-    lines += ["", f"All runs gave {agree} answers to the same requests, token for token."]
+        lines.append(_row(f"`{run['policy']}`", run["store"], str(run["draw"]), *_cells(run)))
     return "\n".join(lines) + "\n"
+
+
+def _cells(run: dict[str, Any]) -> list[str]:
+    results = run["results"]
+    served = sum(results.values())  # more than were sent if the router asks by itself
+    return [
+        *(str(results[result]) for result in ("miss", "hit", "coalesced")),
+        *(str(run["hits"][tier]) for tier in TIERS),
+        f"{results['hit'] / served:.0%}",
+        " and ".join(map(str, run["shares"])),
+    ]
+
+
+def _span(cells: Sequence[str]) -> str:
+    """Return the least and the most of a column, or all that differ where they are no number."""
+    if len(set(cells)) == 1:
+        return cells[0]
+    if " and " in cells[0]:
+        return ", ".join(cells)
+    low, *_, high = sorted(cells, key=lambda cell: int(cell.removesuffix("%")))
+    return f"{low} to {high}"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

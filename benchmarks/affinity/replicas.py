@@ -35,13 +35,20 @@ def affinity_key(names: Sequence[str]) -> str:
 
 
 @contextmanager
-def replicas(folder: Path, tokenizer: Path, *, store: Path | None) -> Iterator[list[ServerProcess]]:
+def replicas(
+    folder: Path,
+    tokenizer: Path,
+    *,
+    store: Path | None,
+    ports: Sequence[int | None] = (None, None),
+) -> Iterator[list[ServerProcess]]:
     """Run two servers of one model and ten adapters, alike but for their ports.
 
     Args:
         folder: for the model's files and the adapters'.
         tokenizer: the folder of the embedded model.
         store: the folder of merges that they share, if they do.
+        ports: to listen on; free ones by default. Routers hash them.
     """
     adapters = write_adapters(SHAPES["tiny"], folder, ADAPTERS, rank=8)
     arguments = [
@@ -63,7 +70,9 @@ def replicas(folder: Path, tokenizer: Path, *, store: Path | None) -> Iterator[l
         *(f"{name}={path}" for name, path in adapters.items()),
     ]
     environment = server_environment() | {"VLLM_API_KEY": KEY}
-    servers = [ServerProcess(arguments, environment, command=LEGO_SERVE) for _ in range(2)]
+    servers = [
+        ServerProcess(arguments, environment, port=port, command=LEGO_SERVE) for port in ports
+    ]
     with ExitStack() as stack, ThreadPoolExecutor() as pool:
         for server in servers:
             stack.push(server)  # stopped even if another does not start
@@ -132,8 +141,17 @@ class Measured:
     kept: list[set[str]]
 
 
-def measure(url: str, servers: Sequence[ServerProcess], *, repeats: int, clients: int) -> Measured:
-    """Ask for each of `SETS` `repeats` times, in one random order, all caches empty at first.
+def measure(
+    url: str, servers: Sequence[ServerProcess], *, repeats: int, clients: int, draw: int = 0
+) -> Measured:
+    """Ask for each of `SETS` `repeats` times, in random order, all caches empty at first.
+
+    Args:
+        url: of the router.
+        servers: the replicas behind it.
+        repeats: requests for each set.
+        clients: requests at a time.
+        draw: of the order, and of the keys: which replica a key's hash falls to.
 
     Raises:
         httpx.HTTPStatusError: a request was not answered with 200.
@@ -141,12 +159,12 @@ def measure(url: str, servers: Sequence[ServerProcess], *, repeats: int, clients
     forget(servers)
     before = [metrics(server) for server in servers]
     order = SETS * repeats
-    random.Random(0).shuffle(order)  # noqa: S311
+    random.Random(draw).shuffle(order)  # noqa: S311
     with (
         httpx.Client(base_url=url, headers=HEADERS, timeout=120) as http,
         ThreadPoolExecutor(clients) as pool,
     ):
-        answers = list(pool.map(lambda asked: ask(http, *asked), enumerate(order)))
+        answers = list(pool.map(lambda asked: ask(http, draw, *asked), enumerate(order)))
     after = [metrics(server) for server in servers]
 
     def counted(series: str) -> list[int]:
@@ -168,7 +186,9 @@ def measure(url: str, servers: Sequence[ServerProcess], *, repeats: int, clients
     )
 
 
-def ask(http: httpx.Client, number: int, names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+def ask(
+    http: httpx.Client, draw: int, number: int, names: Sequence[str]
+) -> tuple[str, tuple[str, ...]]:
     """Ask for a set as a client behind a router does. Returns the merge's id and the tokens."""
     body: dict[str, Any] = {
         "model": MODEL,
@@ -179,7 +199,7 @@ def ask(http: httpx.Client, number: int, names: Sequence[str]) -> tuple[str, tup
         "ignore_eos": True,
         "adapters": list(names),
     }
-    key = {"x-session-id": affinity_key(names)}
+    key = {"x-session-id": f"{draw}/{affinity_key(names)}"}
     answer = http.post("/v1/completions", json=body, headers=key).raise_for_status()
     tokens = answer.json()["choices"][0]["logprobs"]["tokens"]
     return answer.headers["x-lego-model"], tuple(tokens)

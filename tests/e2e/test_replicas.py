@@ -22,7 +22,7 @@ from vllm_lego.store import MergeStore
 DISK_HITS = 'vllm_lego_cache_hits_total{tier="disk"}'
 MERGES = 'vllm_lego_merge_seconds_count{phase="total"}'
 STORE_FAULTS = ("store_read", "store_write", "store_broken")
-WRITTEN_WITHIN_S = 30
+WRITTEN_WITHIN_S = 120  # by threads of low priority
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def pair(
             assert server.is_alive(), server.log_tail()
             found = metrics(server)
             for fault in STORE_FAULTS:
-                assert f'vllm_lego_errors_total{{reason="{fault}"}}' not in found
+                assert found[f'vllm_lego_errors_total{{reason="{fault}"}}'] == 0
 
 
 def ask(server: ServerProcess, **fields: Any) -> tuple[str, str, list[str]]:
@@ -54,24 +54,31 @@ def ask(server: ServerProcess, **fields: Any) -> tuple[str, str, list[str]]:
     return answer.headers["x-lego-model"], answer.headers["x-lego-cache"], tokens
 
 
-def wait_until_stored(server: ServerProcess, *identities: str) -> None:
-    """Wait until a replica that has not served them finds merges in the store."""
+def wait_until_holds(store: Path, identities: set[str]) -> None:
+    """Wait until the files of these merges, and none that is being written, are in the store."""
+    wanted = {f"{identity}.safetensors" for identity in identities}
     deadline = time.monotonic() + WRITTEN_WITHIN_S
-    while not set(identities) <= merged(server).keys():
-        assert time.monotonic() < deadline, f"{identities} never came into the store"
+    while (found := {path.name for path in store.iterdir()}) != wanted:
+        assert time.monotonic() < deadline, f"the store holds {found}, not {wanted}"
         time.sleep(0.05)
+
+
+def stored(store: Path) -> set[str]:
+    """Return the ids of the merges in the store."""
+    return {path.stem for path in store.glob("*.safetensors")}
 
 
 def grown(server: ServerProcess, before: dict[str, float], series: str) -> float:
     return metrics(server)[series] - before[series]
 
 
-def test_a_set_merged_on_one_replica_is_loaded_by_the_other(pair):
+def test_a_set_merged_on_one_replica_is_loaded_by_the_other(pair, store):
     first, second = pair
+    here_already = stored(store)
     wanted = ["adapter0", {"name": "adapter1", "weight": 0.5}]
     identity, result, tokens = ask(first, model=MODEL, adapters=wanted)
     assert result == "miss"
-    wait_until_stored(second, identity)
+    wait_until_holds(store, here_already | {identity})
     assert merged(second)[identity] == "disk"
     before = metrics(second)
     assert ask(second, model=MODEL, adapters=wanted[::-1]) == (identity, "hit", tokens)
@@ -80,11 +87,12 @@ def test_a_set_merged_on_one_replica_is_loaded_by_the_other(pair):
     assert merged(second)[identity] == "device"
 
 
-def test_a_merges_id_is_known_wherever_the_store_is(pair):
+def test_a_merges_id_is_known_wherever_the_store_is(pair, store):
     first, second = pair
+    here_already = stored(store)
     identity, result, tokens = ask(first, adapters=["adapter2", "adapter3"])
     assert result == "miss"
-    wait_until_stored(second, identity)
+    wait_until_holds(store, here_already | {identity})
     before = metrics(second)
     assert ask(second, model=identity) == (identity, "hit", tokens)
     assert grown(second, before, MERGES) == 0
@@ -93,7 +101,7 @@ def test_a_merges_id_is_known_wherever_the_store_is(pair):
 def test_both_merging_a_set_at_once_leave_one_valid_copy(pair, store):
     """Slow merges of large sets, each asked of both replicas at the same moment."""
     sets = [list(c) for c in combinations([f"adapter{i}" for i in range(ADAPTERS)], ADAPTERS - 1)]
-    here_already = {path.name for path in store.iterdir()}
+    here_already = stored(store)
     at_once = Barrier(2)
 
     def race(server: ServerProcess) -> list[tuple[str, str, list[str]]]:
@@ -112,11 +120,10 @@ def test_both_merging_a_set_at_once_leave_one_valid_copy(pair, store):
 
     identities = {name for name, _, _ in ours}
     assert len(identities) == len(sets)
+    wait_until_holds(store, here_already | identities)
     for server in pair:
-        wait_until_stored(server, *identities)
-    written = {path.name for path in store.iterdir()} - here_already
-    assert written == {f"{identity}.safetensors" for identity in identities}
-    told: list[tuple[str, str]] = []
+        assert identities <= merged(server).keys()
+    told: list[tuple[str, str, float]] = []
     reader = MergeStore(store, 1 << 30, lambda *event: told.append(event))
     for identity in identities:
         recipe = reader.recipe(identity)
@@ -130,6 +137,6 @@ def test_both_merging_a_set_at_once_leave_one_valid_copy(pair, store):
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
         for name, module in made.modules.items():
-            stored = loaded[0].modules[name].delta().float()
-            torch.testing.assert_close(stored, module.delta().float().cpu(), rtol=1e-2, atol=1e-2)
-    assert told == []
+            read = loaded[0].modules[name].delta().float()
+            torch.testing.assert_close(read, module.delta().float().cpu(), rtol=1e-2, atol=1e-2)
+    assert {kind for kind, _, _ in told} == {"store_seconds"}, told
