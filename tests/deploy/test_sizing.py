@@ -88,9 +88,11 @@ def test_vllm_makes_slots_weights_and_cache_of_the_computed_size(
     if shape == "embedded":
         folder, model = embedded_model(), embedded()
     else:
-        model = Model.of(LLAMA_8B)
+        # Two layers: vLLM makes them one by one, and everything computed is linear in their number.
+        config = LLAMA_8B | {"num_hidden_layers": 2}
+        model = Model.of(config)
         llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-        (folder / "config.json").write_text(json.dumps(LLAMA_8B | llama))
+        (folder / "config.json").write_text(json.dumps(config | llama))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -147,11 +149,20 @@ def test_the_document_shows_what_the_script_prints(
 
 def test_the_documents_conclusions_follow_from_the_table():
     [shown] = re.findall(r"```console\n(.*?)```", DOCUMENT, re.DOTALL)
-    tokens = int(re.search(r"KV cache +.*: ([\d,]+) tokens", shown)[1].replace(",", ""))
-    assert f"{tokens:,} tokens, {tokens // 64 // 100 * 100:,} for each of 64 requests" in DOCUMENT
+    tokens = int(re.search(r"KV cache +some ([\d,]+) tokens", shown)[1].replace(",", ""))
+    assert f"{tokens:,} tokens, {tokens // 64 // 1000 * 1000:,} for each of 64 requests" in DOCUMENT
     entries = int(re.search(r"adapters and merges in it +(\d+)", shown)[1])
     assert f"room for {entries - 200} merges" in DOCUMENT
     assert f"{math.comb(200, 4) / 1e6:.0f} million" in DOCUMENT
+
+
+def test_all_but_the_ends_is_linear_in_layers():
+    def of(layers: int) -> list[int]:
+        model = Model.of(LLAMA_8B | {"num_hidden_layers": layers})
+        return [model.weights(2), model.slot(16, 2), model.kv_token(2)]
+
+    one, two, all_layers = of(1), of(2), of(32)
+    assert all_layers == [a + 31 * (b - a) for a, b in zip(one, two, strict=True)]
 
 
 @pytest.mark.parametrize(
