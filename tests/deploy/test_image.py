@@ -330,7 +330,7 @@ def test_the_server_needs_nothing_but_its_packages_and_volumes(
     def inside(value: str) -> str:
         return f"{container_root}{value}" if value.startswith("/") else value
 
-    packages = {"vllm", *pinned(run_script(context, "pins"))}
+    packages = {"pip", "vllm", *pinned(run_script(context, "pins"))}
     files = (file for name in packages for file in distribution(name).files or ())
     entries = {file.parts[0] for file in files} - {"..", "__pycache__"}
     python = environment_of(tmp_path / "env", entries)
