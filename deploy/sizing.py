@@ -128,7 +128,7 @@ def table(model: Model, given: argparse.Namespace) -> list[tuple[str, str]]:
         ("  base model", _shown(weights)),
         (f"  {given.max_loras} slots", _shown(slots)),
         ("  activations and graphs (assumed)", _shown(given.activations)),
-        ("  KV cache", f"{_shown(kv)}: {kv // model.kv_token(workers):,} tokens"),
+        ("  KV cache", f"some {_about(kv // model.kv_token(workers)):,} tokens"),
         ("  device cache", f"{_shown(device)}: {device // adapter:,} merges"),
         (f"  {given.merge_threads} merges being made, at most", _shown(merging)),
         ("  nobody's", _shown(gpu - inside - outside)),
@@ -172,6 +172,12 @@ def main(arguments: list[str] | None = None) -> int:
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:{width}}  {value}" for name, value in rows))  # noqa: T201
     return 0
+
+
+def _about(number: int) -> int:
+    """Return two digits of it: what depends on an assumption is not known better."""
+    unit = 10 ** max(0, len(str(number)) - 2)
+    return number // unit * unit
 
 
 def _shown(nbytes: int) -> str:

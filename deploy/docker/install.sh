@@ -2,7 +2,9 @@
 # All that the Dockerfile runs. Commands:
 #   wheel DIST     build the plugin's wheel from this checkout into the folder DIST
 #   plugin DIST    install that wheel beside the vLLM that is there, and prove that it works
-#   cpu            vLLM for CPUs, and the embedded model and its adapters in /opt
+#   cpu            vLLM for CPUs
+#   pins           print which packages that is
+#   model FOLDER   the embedded model and its adapters in FOLDER
 #   user FOLDER... the account `vllm`, uid 2000 in group 0, and the folders that it may write to
 # PYTHON names the interpreter (default: python3).
 set -euo pipefail
@@ -50,14 +52,19 @@ cpu() {
     local torch
     torch=$(sed -n 's/^torch==//p' "$pins")
     pip install --no-deps --index-url "$TORCH_INDEX" "torch==$torch+cpu"
-    pip install --no-deps --requirement "$pins"
+    pip install --no-deps --requirement <(pins)
     pip install --no-deps --no-build-isolation "$source/deploy/local/vllm-metadata"
-    cd "$source"
-    XDG_CACHE_HOME=/tmp/model "$python" -m vllm_lego.demo.model
-    mkdir -p /opt/models
-    mv /tmp/model/vllm-lego/SmolLM2-135M-Instruct-* /opt/models/SmolLM2-135M-Instruct
-    rm -rf /tmp/model
-    cp -r vllm_lego/demo/adapters /opt/adapters
+}
+
+pins() { sed '/^# Development/Q' "$pins"; }
+
+model() {
+    local cache made # beside the model in the cache is its lock: what to move is what is printed
+    cache=${XDG_CACHE_HOME:-$(mktemp -d)}
+    made=$(cd "$source" && XDG_CACHE_HOME=$cache "$python" -m vllm_lego.demo.model)
+    mkdir -p "$1/models"
+    mv "$made" "$1/models/SmolLM2-135M-Instruct"
+    cp -r "$source/vllm_lego/demo/adapters" "$1/adapters"
 }
 
 user() {
@@ -68,6 +75,6 @@ user() {
 }
 
 case ${1:-} in
-    wheel | plugin | cpu | user) "$@" ;;
-    *) printf '%s: one of wheel, plugin, cpu, user is needed, not %s\n' "$0" "${1:-nothing}" >&2; exit 2 ;;
+    wheel | plugin | cpu | pins | model | user) "$@" ;;
+    *) printf '%s: one of wheel, plugin, cpu, pins, model, user is needed, not %s\n' "$0" "${1:-nothing}" >&2; exit 2 ;;
 esac

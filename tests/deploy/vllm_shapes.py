@@ -1,14 +1,17 @@
 """What vLLM itself makes of a Llama model with slots, weighed: on the meta device, without memory.
 
-`python -m tests.deploy.vllm_shapes FOLDER SLOTS RANK WORKERS WORKER PORT` prints JSON, in bytes on that
-worker. All workers must run at the same time.
+`python -m tests.deploy.vllm_shapes SLOTS RANK FOLDER:WORKERS...` prints a JSON list of lists: for each
+model and each of its workers, bytes on that worker. vLLM is imported once, which takes most of the time.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import socket
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from vllm.config import LoRAConfig, ModelConfig, ParallelConfig, VllmConfig, set_current_vllm_config
@@ -18,8 +21,10 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.llama import LlamaForCausalLM
 
 
-def weigh(folder: str, slots: int, rank: int, workers: int, worker: int, port: int) -> None:
-    """Print bytes of weights, of all slots, and of a token in the KV cache."""
+def weigh(
+    folder: str, slots: int, rank: int, workers: int, worker: int, port: int
+) -> dict[str, int]:
+    """Return bytes of weights, of all slots, and of a token in the KV cache."""
     config = VllmConfig(
         model_config=ModelConfig(
             model=folder, dtype="bfloat16", skip_tokenizer_init=True, max_model_len=1024
@@ -40,12 +45,25 @@ def weigh(folder: str, slots: int, rank: int, workers: int, worker: int, port: i
         manager = LoRAModelManager(model, 8, 256, vocabulary, lora, meta, config)
         attention = [layer for layer in model.modules() if isinstance(layer, Attention)]
         specs = [layer.get_kv_cache_spec(config) for layer in attention]
-    weighed = {
+    return {
         "weights": weights,
         "slots": sum(map(slot_bytes, manager.modules.values())),
         "kv_token": sum(spec.page_size_bytes // spec.block_size for spec in specs),
     }
-    sys.stdout.write(json.dumps(weighed) + "\n")
+
+
+def weigh_all(folder: str, slots: int, rank: int, workers: int) -> list[dict[str, int]]:
+    """Return what each worker weighs, all of them at the same time."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, mp_context=fork) as pool:
+        each = [
+            pool.submit(weigh, folder, slots, rank, workers, worker, port)
+            for worker in range(workers)
+        ]
+        return [weighed.result() for weighed in each]
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
@@ -58,4 +76,7 @@ def slot_bytes(layer: object) -> int:
 
 
 if __name__ == "__main__":
-    weigh(sys.argv[1], *map(int, sys.argv[2:]))
+    slots, rank = map(int, sys.argv[1:3])
+    models = (given.rsplit(":", 1) for given in sys.argv[3:])
+    found = [weigh_all(folder, slots, rank, int(workers)) for folder, workers in models]
+    sys.stdout.write(json.dumps(found) + "\n")
