@@ -19,7 +19,6 @@ from vllm_lego.adapter_set import MODEL_SEPARATOR, parse_adapters, parse_model_n
 from vllm_lego.asgi import App, Message, Receive, Scope, Send, header, read_body, refusal, replay
 from vllm_lego.errors import (
     BadRequestError,
-    BodyTooLargeError,
     ServingError,
     UnauthorizedError,
 )
@@ -74,6 +73,7 @@ class Interception:
         if not self.max_body_bytes or not _is_json_post(scope):
             await self.app(scope, receive, send)
             return
+        named_a_set = False
         try:
             body = await read_body(scope, receive, self.max_body_bytes)
             if body is None:  # the client has left
@@ -84,7 +84,9 @@ class Interception:
                 return
             models = models_at(body)
             request = self._parsed(scope, body, models)
+            named_a_set = request is not None  # as far as a refusal can tell
             asked = None if request is None else self._find_set(scope, request)
+            named_a_set = asked is not None
             if asked is None:
                 async with self._turn(scope, body, request, models):
                     await self.app(scope, replay(body, receive), send)
@@ -93,7 +95,6 @@ class Interception:
                     await self._serve(scope, receive, send, body, asked)
         except ServingError as error:
             if self.service is not None:
-                named_a_set = not isinstance(error, BodyTooLargeError)
                 self.service.metrics.count_error(error.reason, named_a_set=named_a_set)
             await refusal(error)(scope, receive, send)
 

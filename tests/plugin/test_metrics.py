@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -119,7 +120,7 @@ def test_a_merge_that_waits_for_room(start):
             await asyncio.sleep(0.2)
         await second
         assert waiting() == (0, 0, 0)
-        assert 0.2 <= value("vllm_lego_wait_seconds_sum", reason="room") - before < 5
+        assert 0.2 <= value("vllm_lego_wait_seconds_sum", reason="room") - before < 20
         assert evicted() == 1
 
     asyncio.run(scenario(one_merge(start)))
@@ -134,13 +135,13 @@ def test_an_evicted_merge_had_lain_unused_since_its_last_request_ended(start):
         service, _ = start(device_cache_bytes=size)
         async with service.serving(pair("ab"), param="adapters"):
             await asyncio.sleep(0.3)  # in use: does not count
+            began = time.monotonic()
         await asyncio.sleep(0.2)
         before = value("vllm_lego_cache_evicted_idle_seconds_sum", tier="device")
-        began = asyncio.get_running_loop().time()
         await use(service, "cd")
-        took = asyncio.get_running_loop().time() - began
+        took = time.monotonic() - began
         idle = value("vllm_lego_cache_evicted_idle_seconds_sum", tier="device") - before
-        assert 0.2 <= idle < 0.21 + took
+        assert 0.2 <= idle < took
         assert evicted() == value("vllm_lego_cache_evictions_total", tier="device") == 1
 
     asyncio.run(scenario(one_merge(start)))
