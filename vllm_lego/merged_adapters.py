@@ -282,7 +282,10 @@ class MergedAdapters:
                     _trace(status, turn)
                     await self._make_room(recipe, status)
         except Exception as error:  # not a cancellation: that is the end of the server
-            raise await self._failed(recipe, error) from error
+            told = await self._failed(recipe, error)
+            if not self._waiting[recipe.merge_id]:  # all have left; who waits counts it otherwise
+                self._metrics.count_error(told.reason, named_a_set=False)
+            raise told from error
         seconds = status["seconds"] | {
             "queue": status["seconds"]["queue"] + turn - started,
             "total": time.perf_counter() - started,
