@@ -48,7 +48,6 @@ STATS = [
         units.PercentUnit,
         steps=[(0, "red"), (0.5, "orange"), (0.8, "green")],
         none="no requests now",
-        now=True,
     ),
     stat_panel(
         "Merges a minute",
@@ -65,7 +64,6 @@ STATS = [
         units.Seconds,
         steps=[(1, "orange"), (5, "red")],
         none="no merges now",
-        now=True,
     ),
     stat_panel(
         "Cached sets",

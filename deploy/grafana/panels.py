@@ -86,8 +86,7 @@ def stat_panel(
     *,
     span: int = 4,
     steps: Sequence[tuple[float, str]] = (),
-    none: str = "0",
-    now: bool = False,
+    none: str = "",
 ) -> stat.Panel:
     """Return a number with its recent course.
 
@@ -98,17 +97,17 @@ def stat_panel(
         unit: of the values.
         span: width, of 24.
         steps: from which value on it has which colour; green below the first.
-        none: what it says while there is nothing to say.
-        now: without the course, for queries that have no value at times: its last value might be
-            of long ago.
+        none: what it says while the query has no value, if that happens. There is no course
+            then: the last value of one might be of long ago.
     """
+    now = bool(none)
     thresholds = [models.Threshold(color="green"), *(models.Threshold(v, c) for v, c in steps)]
     panel = (
         stat.Panel()
         .unit(unit)
         .height(5)  # the least that has room for the course
         .span(span)
-        .no_value(none)
+        .no_value(none or "0")
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
         .thresholds(build.ThresholdsConfig().mode(models.ThresholdsMode.ABSOLUTE).steps(thresholds))
         .color_scheme(build.FieldColor().mode(models.FieldColorModeId.THRESHOLDS))
