@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import Any, TypeVar
 
 from starlette.responses import Response
 
-from vllm_lego.errors import BodyTooLargeError, ServingError
+from vllm_lego.errors import BodyTooLargeError, ClientLeftError, ServingError
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+_Entered = TypeVar("_Entered")
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes | None:
@@ -51,6 +54,37 @@ def replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replayed
+
+
+async def enter_unless_left(
+    stack: AsyncExitStack, context: AbstractAsyncContextManager[_Entered], receive: Receive
+) -> _Entered:
+    """Enter a context that may be long in coming, for a request whose body has been read.
+
+    An ASGI server cancels nothing when a client leaves; it says so to whoever asks.
+
+    Raises:
+        ClientLeftError: it left meanwhile; the entering was cancelled.
+    """
+    waiting = asyncio.current_task()
+    assert waiting is not None  # noqa: S101  a coroutine runs in one
+
+    async def watch() -> bool:
+        left: bool = (await receive())["type"] == "http.disconnect"
+        if left:
+            waiting.cancel()
+        return left
+
+    watching = asyncio.create_task(watch())
+    try:
+        return await stack.enter_async_context(context)
+    except asyncio.CancelledError:
+        left = watching.done() and watching.result()
+        if left and not waiting.uncancel():  # else the server ends as well
+            raise ClientLeftError from None
+        raise
+    finally:
+        watching.cancel()
 
 
 def header(scope: Scope, name: bytes) -> bytes:

@@ -8,6 +8,7 @@ ServingError
 ├── InUseError            409  a merge cannot be dropped while requests use it
 ├── BodyTooLargeError     413  the body is over the limit
 ├── UnmergeableError      422  adapters that cannot be merged or served together
+├── ClientLeftError       499  the client left before it was its turn; nobody reads this
 ├── MergeFailedError      500  the server's own fault; its log says more
 │   └── WorkersDisagreeError   the workers made different merges of one recipe
 ├── BusyError             503  try again later: the queue is full
@@ -91,6 +92,15 @@ class UnmergeableError(ServingError):
     """Sound names of adapters that cannot be merged with each other or served on this base."""
 
     status, reason, kind = 422, "unmergeable", "UnprocessableEntityError"
+
+
+class ClientLeftError(ServingError):
+    """The client left while its request waited for a merge or a slot."""
+
+    status, reason, kind = 499, "cancelled", "ClientLeftError"
+
+    def __init__(self) -> None:
+        super().__init__("the client left")
 
 
 class MergeFailedError(ServingError):

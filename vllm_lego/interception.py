@@ -10,16 +10,27 @@ import hashlib
 import hmac
 import uuid
 from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_lego import tracing
 from vllm_lego.adapter_set import MODEL_SEPARATOR, parse_adapters, parse_model_name, shown
-from vllm_lego.asgi import App, Message, Receive, Scope, Send, header, read_body, refusal, replay
+from vllm_lego.asgi import (
+    App,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    enter_unless_left,
+    header,
+    read_body,
+    refusal,
+    replay,
+)
 from vllm_lego.errors import (
     BadRequestError,
-    BodyTooLargeError,
+    ClientLeftError,
     ServingError,
     UnauthorizedError,
 )
@@ -74,6 +85,7 @@ class Interception:
         if not self.max_body_bytes or not _is_json_post(scope):
             await self.app(scope, receive, send)
             return
+        named_a_set = False
         try:
             body = await read_body(scope, receive, self.max_body_bytes)
             if body is None:  # the client has left
@@ -84,16 +96,21 @@ class Interception:
                 return
             models = models_at(body)
             request = self._parsed(scope, body, models)
+            named_a_set = request is not None  # as far as a refusal can tell
             asked = None if request is None else self._find_set(scope, request)
+            named_a_set = asked is not None
             if asked is None:
-                async with self._turn(scope, body, request, models):
+                async with AsyncExitStack() as stack:
+                    turn = self._turn(scope, body, request, models)
+                    if turn is not None:
+                        await enter_unless_left(stack, turn, receive)
                     await self.app(scope, replay(body, receive), send)
             else:
                 with tracing.request(scope["headers"]):
                     await self._serve(scope, receive, send, body, asked)
         except ServingError as error:
             if self.service is not None:
-                named_a_set = not isinstance(error, BodyTooLargeError)
+                named_a_set &= not isinstance(error, ClientLeftError)
                 self.service.metrics.count_error(error.reason, named_a_set=named_a_set)
             await refusal(error)(scope, receive, send)
 
@@ -155,8 +172,8 @@ class Interception:
 
     def _turn(
         self, scope: Scope, body: bytes, request: dict[str, Any] | None, models: list[int]
-    ) -> AbstractAsyncContextManager[None]:
-        """Return what a request without a set waits for: a slot, if it names one of vLLM's adapters.
+    ) -> AbstractAsyncContextManager[None] | None:
+        """Return what a request without a set waits for, if anything: a slot, if it names one of vLLM's adapters.
 
         `request` is its body if it was parsed. One that holds a single name is not worth parsing:
         were that not the request's own `model` but something further down, it would take a turn that
@@ -164,7 +181,7 @@ class Interception:
         """
         service = self.service
         if service is None:
-            return nullcontext()
+            return None
         named = models_named(body, models)
         if request is None and len(named) > 1:
             request = parse(body) or {}
@@ -175,7 +192,7 @@ class Interception:
         if others:
             self._authorised_service(scope)  # nothing tells a stranger which of them exist
         known = next((name for name in others if name in service.catalog), None)
-        return nullcontext() if known is None else service.serving_native(known)
+        return None if known is None else service.serving_native(known)
 
     def _authorised_service(self, scope: Scope) -> LegoService:
         """Check the key again: vLLM leaves some routes, `/tokenize` for one, open to anybody."""
@@ -197,7 +214,7 @@ class Interception:
     ) -> None:
         """Have the set merged and the request answered, and keep the merge as long as that takes."""
         async with AsyncExitStack() as stack:
-            serving = await stack.enter_async_context(asked.serving)
+            serving = await enter_unless_left(stack, asked.serving, receive)
             if serving is None:
                 await self.app(scope, replay(body, receive), send)
                 return

@@ -225,7 +225,15 @@ class MergedAdapters:
             self._show_cache()
         held = await self._purge(identity)
         self._left.pop(identity, None)
+        await self.show_tiers()
         return held
+
+    async def show_tiers(self) -> None:
+        """Tell the metrics what host memory and the store have; merges do, where there are any."""
+        await self._stager.refresh()
+        if self._store is not None:
+            kept = (await self._in_thread(self._store.merges)).values()
+            self._metrics.set_tier("disk", len(kept), sum(kept))
 
     async def _purge(self, identity: str) -> bool:
         """Let go of a merge, and drop it from host memory and the store.
@@ -274,7 +282,10 @@ class MergedAdapters:
                     _trace(status, turn)
                     await self._make_room(recipe, status)
         except Exception as error:  # not a cancellation: that is the end of the server
-            raise await self._failed(recipe, error) from error
+            told = await self._failed(recipe, error)
+            if not self._waiting[recipe.merge_id]:  # all have left; who waits counts it otherwise
+                self._metrics.count_error(told.reason, named_a_set=False)
+            raise told from error
         seconds = status["seconds"] | {
             "queue": status["seconds"]["queue"] + turn - started,
             "total": time.perf_counter() - started,

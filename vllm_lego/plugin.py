@@ -77,6 +77,7 @@ class LegoEndpoints:
                     tracing.start()
                 state.lego = LegoService(engine, settings, Metrics(), access)
                 engine.before_shutdown(state.lego.drain)
+                await state.lego.merged.show_tiers()
             if access.is_restricted:
                 self._callers.access = access
             self._interception.start(state.lego, settings.max_body_bytes, keys)

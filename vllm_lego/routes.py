@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 
+from vllm_lego import tracing
 from vllm_lego.adapter_set import names_none, parse_adapters, shown
 from vllm_lego.asgi import refusal
 from vllm_lego.cache import CachedMerge
@@ -167,6 +168,8 @@ def _service(request: Request) -> LegoService:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServingError)  # noqa: S101  what it is registered for
+    if request.method == "POST":  # the span is of it
+        tracing.failed(error)
     service: LegoService | None = request.app.state.lego
     if service is not None:
         service.metrics.count_error(error.reason, named_a_set=request.method == "POST")

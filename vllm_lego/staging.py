@@ -55,6 +55,10 @@ class Stager:
         finally:
             self._waiting.pop(recipe.merge_id, None)
 
+    async def refresh(self) -> None:
+        """Notice how the workers' tiers are, while no merge tells."""
+        self._notice(await self._ask([]))
+
     async def _poll(self) -> None:
         pause = _FIRST_POLL_S
         busy = False

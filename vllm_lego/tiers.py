@@ -157,12 +157,13 @@ class Tiers:
 
     def account(self) -> dict[str, tuple[int, int]]:
         """Return entries and bytes of merges by tier. Looks through the store: not for the loop."""
-        in_host = [merge.host_bytes for merge in self.in_host_memory()]
         on_disk = self._store.merges().values() if self._store else []
-        return {
-            "host": (len(in_host), sum(in_host)),
-            "disk": (len(on_disk), sum(on_disk)),
-        }
+        return {"host": self.host_account(), "disk": (len(on_disk), sum(on_disk))}
+
+    def host_account(self) -> tuple[int, int]:
+        """Return entries and bytes of merges in host memory."""
+        sizes = [merge.host_bytes for merge in self.in_host_memory()]
+        return len(sizes), sum(sizes)
 
     def events(self) -> list[tuple[str, str, float]]:
         """Return what the metrics have not been told of.

@@ -1,6 +1,6 @@
 """What one request or merge tells of itself: OpenTelemetry spans, and lines of the log.
 
-    lego.intercept          a request that names a set, all of it; vLLM's `llm_request` is its child
+    lego.intercept          a request that may name a set, all of it; vLLM's `llm_request` is its child
     ├── lego.stage          the set's merge, for the request that was the first to ask for it
     │   ├── lego.load       its members, or the merge itself, come to the device
     │   └── lego.merge      the members are merged
@@ -16,8 +16,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from vllm_lego.recipe import Recipe
@@ -37,12 +37,34 @@ def start() -> None:
     _api = opentelemetry
 
 
-def request(headers: Iterable[tuple[bytes, bytes]]) -> AbstractContextManager[Any]:
-    """Return the span of a request, child of the client's where its headers name one."""
+@contextmanager
+def request(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[None]:
+    """Make the span of a request, child of the client's where its headers name one."""
     if _api is None:
-        return nullcontext()
+        yield
+        return
     client = _api.propagate.extract({k.decode("latin-1"): v.decode("latin-1") for k, v in headers})
-    return _started("lego.intercept", context=client, kind=_api.trace.SpanKind.SERVER)
+    kind = _api.trace.SpanKind.SERVER
+    how = {"record_exception": False, "set_status_on_exception": False}
+    with _started("lego.intercept", context=client, kind=kind, **how):
+        try:
+            yield
+        except Exception as error:
+            failed(error)
+            raise
+
+
+def failed(error: Exception) -> None:
+    """Give the current span the error that its request gets.
+
+    As OpenTelemetry's convention for HTTP servers has it, a client's mistake is no failure.
+    """
+    if _api is None:
+        return
+    span = _api.trace.get_current_span()
+    span.record_exception(error)
+    if getattr(error, "status", 500) >= 500:
+        span.set_status(_api.trace.StatusCode.ERROR, f"{type(error).__name__}: {error}")
 
 
 def forwarded(headers: Headers) -> Headers:

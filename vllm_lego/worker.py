@@ -184,6 +184,7 @@ class StagingArea:
         if self._unfinished(merge_id):
             return None
         self.tiers.forget(merge_id)
+        self._account = self._account | {"host": self.tiers.host_account()}
         return merge_id in self._merges
 
     def take(self, recipe: Recipe) -> LoraAdapter:

@@ -33,6 +33,8 @@ ERRORS = "vllm_lego_errors_total"
 MERGE_SECONDS = "vllm_lego_merge_seconds"
 FIDELITY = "vllm_lego_merge_fidelity"
 
+COUNTED_WHOLE = 'tier=~"device|disk"'  # host memory has members too, which are not counted
+
 # Seconds of work in a second: exact, where a gauge misses what comes and goes between two scrapes.
 AT_WORK = rate(MERGE_SECONDS + "_sum", where='phase=~"load|merge|register"')
 
@@ -45,7 +47,7 @@ STATS = [
         {"": ratio(rate(REQUESTS, where='result="hit"'), rate(REQUESTS, where='result!="error"'))},
         units.PercentUnit,
         steps=[(0, "red"), (0.5, "orange"), (0.8, "green")],
-        none="no requests",
+        none="no requests now",
     ),
     stat_panel(
         "Merges a minute",
@@ -61,12 +63,13 @@ STATS = [
         {"": quantile(0.99, MERGE_SECONDS, where='phase="total"')},
         units.Seconds,
         steps=[(1, "orange"), (5, "red")],
-        none="no merges",
+        none="no merges now",
     ),
     stat_panel(
         "Cached sets",
         "Merges ready on the devices, of all instances together (vllm_lego_cache_entries). A set "
-        "that several instances keep counts for each.",
+        "that several instances keep counts for each. Of an instance with several API servers, what "
+        "the one with most has.",
         {"": "sum(" + series("vllm_lego_cache_entries", 'tier="device"') + ")"},
         span=3,
     ),
@@ -132,10 +135,11 @@ ROWS = {
             "How full the tiers are",
             "Bytes of what the settings allow, of the fullest instance (vllm_lego_cache_bytes, "
             "vllm_lego_cache_capacity_bytes). Full is normal; full with Evictions of sets used a "
-            "moment ago is too small.",
+            "moment ago is too small. Host memory is not here: members fill it beside merges, and "
+            "only merges are counted; its Evictions tell that it is full.",
             {
-                "{{tier}}": f"max by (tier) ({series('vllm_lego_cache_bytes')}"
-                f" / ({series('vllm_lego_cache_capacity_bytes')} > 0))"
+                "{{tier}}": f"max by (tier) ({series('vllm_lego_cache_bytes', COUNTED_WHOLE)}"
+                f" / ({series('vllm_lego_cache_capacity_bytes', COUNTED_WHOLE)} > 0))"
             },
             units.PercentUnit,
             top=1,
@@ -151,16 +155,22 @@ ROWS = {
         ),
         graph(
             "Evictions a minute",
-            "Sets dropped to make room (vllm_lego_cache_evictions_total). Dropped from "
-            "the device they are still on the host; dropped from the last tier that had them they "
-            "must be merged again.",
+            "Sets dropped to make room (vllm_lego_cache_evictions_total). What the device drops "
+            "need not be merged again while the host or the disk has it; what the last tier drops "
+            "must be.",
             {"{{tier}}": f"60 * {rate('vllm_lego_cache_evictions_total', 'tier')}"},
         ),
         graph(
             "How long evicted sets had not been used",
-            "Median time since the last use (vllm_lego_cache_evicted_idle_seconds). Minutes: the "
-            "tier is too small for the traffic. Hours: it holds all that matters.",
-            {"{{tier}}": quantile(0.5, "vllm_lego_cache_evicted_idle_seconds", "tier")},
+            "Median time from a set's last request until the device dropped it "
+            "(vllm_lego_cache_evicted_idle_seconds, tier device). Minutes or less: sets in use push "
+            "each other out; raise VLLM_LEGO_DEVICE_CACHE_BYTES. The other tiers count their own "
+            "reads alone, so theirs says nothing of the sets that the device has.",
+            {
+                "{{tier}}": quantile(
+                    0.5, "vllm_lego_cache_evicted_idle_seconds", "tier", 'tier="device"'
+                )
+            },
             units.Seconds,
         ),
         graph(
@@ -203,19 +213,20 @@ ROWS = {
         ),
         graph(
             "Adapter slots in use",
-            "Mean number of sets and adapters admitted to vLLM, of its --max-loras "
+            "The most sets and adapters admitted to vLLM at a time, of its --max-loras "
             "(vllm_lego_slots_in_use, vllm_lego_slots). All in use with requests waiting: raise "
             "--max-loras.",
             {
-                "in use": level("vllm_lego_slots_in_use"),
+                "in use": level("vllm_lego_slots_in_use", over="max"),
                 "all": level("vllm_lego_slots"),
             },
             overrides={"all": DASHED},
         ),
         graph(
             "Merges queued or running",
-            "The most at a time of sets that somebody waits for (vllm_lego_merges_in_progress). At "
-            "VLLM_LEGO_MAX_QUEUED_MERGES new sets get 503: scale out, or merge ahead by "
+            "The most at a time, of all instances and their API servers together "
+            "(vllm_lego_merges_in_progress). An API server that has VLLM_LEGO_MAX_QUEUED_MERGES of "
+            "them itself answers new sets with 503: scale out, or merge ahead by "
             "POST /v1/adapters/merge.",
             {"merges": level("vllm_lego_merges_in_progress", over="max")},
         ),

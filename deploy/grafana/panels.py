@@ -86,7 +86,7 @@ def stat_panel(
     *,
     span: int = 4,
     steps: Sequence[tuple[float, str]] = (),
-    none: str = "0",
+    none: str = "",
 ) -> stat.Panel:
     """Return a number with its recent course.
 
@@ -97,22 +97,24 @@ def stat_panel(
         unit: of the values.
         span: width, of 24.
         steps: from which value on it has which colour; green below the first.
-        none: what it says while there is nothing to say.
+        none: what it says while the query has no value, if that happens. There is no course
+            then: the last value of one might be of long ago.
     """
+    now = bool(none)
     thresholds = [models.Threshold(color="green"), *(models.Threshold(v, c) for v, c in steps)]
     panel = (
         stat.Panel()
         .unit(unit)
         .height(5)  # the least that has room for the course
         .span(span)
-        .no_value(none)
+        .no_value(none or "0")
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
         .thresholds(build.ThresholdsConfig().mode(models.ThresholdsMode.ABSOLUTE).steps(thresholds))
         .color_scheme(build.FieldColor().mode(models.FieldColorModeId.THRESHOLDS))
-        .graph_mode(styles.BigValueGraphMode.AREA)
+        .graph_mode(styles.BigValueGraphMode.NONE if now else styles.BigValueGraphMode.AREA)
         .orientation(styles.VizOrientation.HORIZONTAL)
     )
-    return _with(panel, title, description, queries)
+    return _with(panel, title, description, queries, now=now)
 
 
 def graph(
@@ -153,10 +155,13 @@ def graph(
     return _with(panel, title, description, queries)
 
 
-def _with(panel: Panel, title: str, description: str, queries: Mapping[str, str]) -> Panel:
+def _with(
+    panel: Panel, title: str, description: str, queries: Mapping[str, str], *, now: bool = False
+) -> Panel:
     panel.title(title).description(description).datasource(SOURCE)
     for ref, (legend, expression) in zip("ABCDEF", queries.items(), strict=False):
-        query = prometheus.Dataquery().ref_id(ref).expr(expression).legend_format(legend).range()
+        query = prometheus.Dataquery().ref_id(ref).expr(expression).legend_format(legend)
+        query = query.instant() if now else query.range()
         panel.with_target(query.datasource(SOURCE))
         for name, colour in COLOURS.get(legend, {}).items():
             fixed: Override = ("color", {"mode": "fixed", "fixedColor": colour})

@@ -86,6 +86,17 @@ def test_a_query_asks_for_the_chosen_instances_over_the_scrape_interval(title, e
     assert all(is_guarded(part) for part in division_parts(parsed)), f"{title}: 0 / 0 is NaN"
 
 
+@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
+def test_a_number_that_is_absent_at_times_is_not_one_of_long_ago(panel):
+    absent = any(
+        re.search("histogram_quantile|/", query["expr"]) and "or vector" not in query["expr"]
+        for query in panel["targets"]
+    )
+    expected = absent and panel["type"] == "stat"
+    assert {query.get("instant", False) for query in panel["targets"]} == {expected}
+    assert not expected or panel["fieldConfig"]["defaults"]["noValue"].endswith(" now")
+
+
 def division_parts(expression: Any) -> list[Any]:
     """Return what is divided by, everywhere in an expression."""
     children = [getattr(expression, name, None) for name in ("lhs", "rhs", "expr")]

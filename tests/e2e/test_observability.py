@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -82,7 +82,12 @@ def server(model: Path, collector, tmp_path_factory) -> Iterator[ServerProcess]:
 
 
 def ask(
-    server: ServerProcess, adapters: list[str], *, trace: str = "", model: str = "tiny"
+    server: ServerProcess,
+    adapters: list[str],
+    *,
+    trace: str = "",
+    model: str = "tiny",
+    connection: httpx.Client | None = None,
 ) -> tuple[httpx.Response, str]:
     """Ask for a few tokens. Returns the answer and the id of the client's span."""
     parent = secrets.token_hex(8)
@@ -90,7 +95,8 @@ def ask(
         {"adapters": adapters} if adapters else {}
     )
     headers = {"traceparent": f"00-{trace}-{parent}-01"} if trace else {}
-    answer = httpx.post(server.url + "/v1/completions", json=body, headers=headers, timeout=120)
+    post = httpx.post if connection is None else connection.post
+    answer = post(server.url + "/v1/completions", json=body, headers=headers, timeout=120)
     return answer, parent
 
 
@@ -139,19 +145,21 @@ def test_a_set_that_fails_has_a_span_that_says_so(server, collector):
     assert answer.status_code == 404
     span = collector[0].of_trace(trace, "lego.intercept")["lego.intercept"]
     assert span.parent_span_id.hex() == client
-    assert span.status.code == Status.STATUS_CODE_ERROR
-    assert "nobody" in span.status.message
+    assert span.status.code == Status.STATUS_CODE_UNSET  # the client's mistake
+    (event,) = span.events
+    assert "nobody" in str(event.attributes)
 
 
 def test_a_request_that_names_no_set_has_vllms_span_alone(server, collector):
     for model in "tiny", "adapter2":
         trace = secrets.token_hex(16)
-        answer, client = ask(server, [], trace=trace, model=model)
-        assert answer.status_code == 200
-        last = secrets.token_hex(16)  # what comes later is there: so was all of the first
-        ask(server, ["adapter0", "adapter1"], trace=last)
+        last = secrets.token_hex(16)
+        with httpx.Client() as connection:  # to one API server, which sends its spans in order
+            answer, client = ask(server, [], trace=trace, model=model, connection=connection)
+            assert answer.status_code == 200
+            ask(server, ["adapter0", "adapter1"], trace=last, connection=connection)
+        collector[0].of_trace(last, "lego.intercept")  # so all of the first are there
         spans = collector[0].of_trace(trace, "llm_request")
-        collector[0].of_trace(last, "lego.intercept")
         assert set(spans) == {"llm_request"}
         assert spans["llm_request"].parent_span_id.hex() == client
 
@@ -197,9 +205,13 @@ def test_a_merge_writes_one_line_to_the_log(server):
     assert 0 < seconds["load"] < seconds["total"]
     assert seconds["load"] + seconds["merge"] <= seconds["total"] + 0.01
     assert 0 < float(told["fidelity"]) <= 1
-    (listed,) = [
-        merge
-        for merge in httpx.get(server.url + "/v1/adapters/merged").json()["data"]
-        if merge["id"] == identity
-    ]
-    assert int(told["bytes"]) == listed["bytes"], json.dumps(listed)
+    listed: list[dict[str, Any]] = []  # the other API server knows it once host memory keeps it
+    end = time.monotonic() + ARRIVES_S
+    while not listed and time.monotonic() < end:
+        listed = [
+            merge
+            for merge in httpx.get(server.url + "/v1/adapters/merged").json()["data"]
+            if merge["id"] == identity and merge["tier"] != "disk"
+        ]
+        time.sleep(0.05)
+    assert [merge["bytes"] for merge in listed] == [int(told["bytes"])], listed

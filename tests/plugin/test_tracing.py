@@ -150,6 +150,29 @@ def test_nothing_begins_a_trace_but_a_request_that_names_a_set(start, spans):
     assert not spans.get_finished_spans()
 
 
+@pytest.mark.parametrize(
+    ("body", "closing", "expected"),
+    [
+        ({"adapters": ["a", "nobody"]}, False, (404, "UNSET", "UnknownAdapterError")),
+        ({"adapters": ["a", "b"]}, True, (503, "ERROR", "ShuttingDownError")),
+    ],
+)
+def test_a_refused_request_has_the_error_and_is_failed_only_by_the_servers_fault(
+    start, spans, body, closing, expected
+):
+    async def scenario():
+        service, _ = start()
+        if closing:
+            await service.drain()
+        return await post(service, body, {})
+
+    status, _ = asyncio.run(scenario())
+    span = by_name(spans)["lego.intercept"]
+    (event,) = span.events
+    kind = str(event.attributes["exception.type"]).rpartition(".")[2]
+    assert (status, span.status.status_code.name, kind) == expected
+
+
 def test_a_client_that_does_not_sample_is_not_sampled(start, spans):
     async def scenario():
         service, _ = start()
