@@ -195,7 +195,7 @@ def test_clients_that_leave_while_they_wait_are_counted_and_wait_no_longer(start
         remains = asyncio.create_task(post(service, asked, stays))
         await until(lambda: waiting() == (2, 0, 0))
         left.set()
-        assert await leaves == []
+        assert await asyncio.wait_for(leaves, 20) == []
         assert waiting() == (1, 0, 0)
         assert errors_total("cancelled") == 1
         read_on.set()
@@ -208,7 +208,7 @@ def test_clients_that_leave_while_they_wait_are_counted_and_wait_no_longer(start
                 leaves = asyncio.create_task(post(service, body, left))
                 await until(lambda: waiting() == (0, 0, 1))
                 left.set()
-                assert await leaves == []
+                assert await asyncio.wait_for(leaves, 20) == []
                 assert waiting() == (0, 0, 0)
                 assert not service.slots.waiting()
         assert errors_total("cancelled") == 3
