@@ -229,11 +229,18 @@ class MergedAdapters:
         return held
 
     async def show_tiers(self) -> None:
-        """Tell the metrics what host memory and the store have; merges do, where there are any."""
-        await self._stager.refresh()
-        if self._store is not None:
-            kept = (await self._in_thread(self._store.merges)).values()
-            self._metrics.set_tier("disk", len(kept), sum(kept))
+        """Tell the metrics what host memory and the store have; merges do, where there are any.
+
+        Where engine or volume does not answer the metrics stay as they are.
+        """
+        try:
+            async with asyncio.timeout(_LETTING_GO_S):
+                await self._stager.refresh()
+                if self._store is not None:
+                    kept = (await self._in_thread(self._store.merges)).values()
+                    self._metrics.set_tier("disk", len(kept), sum(kept))
+        except Exception as error:  # noqa: BLE001  no server and no answer depends on it
+            logger.warning("the sizes of the tiers are not known: %r", error)
 
     async def _purge(self, identity: str) -> bool:
         """Let go of a merge, and drop it from host memory and the store.
