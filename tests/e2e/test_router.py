@@ -229,7 +229,7 @@ def test_the_default_policy_asks_every_replica_to_render_each_request():
 
 
 def test_a_replica_that_never_saw_a_set_answers_all_the_same(pair, routed):
-    names = ["adapter5", "adapter6"]
+    names = ["adapter7", "adapter8"]  # not one of `SETS`: replicas remember what they evicted
     key = {"x-session-id": affinity_key(names)}
     answer = routed.post("/v1/completions", json=PROMPT | {"adapters": names}, headers=key)
     identity = answer.headers["x-lego-model"]
