@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -85,15 +86,20 @@ def test_vllm_makes_slots_weights_and_cache_of_the_computed_size(tmp_path: Path)
     llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     (tmp_path / "config.json").write_text(json.dumps(two_layers | llama))
     models = [(embedded_model(), embedded(), 1), (tmp_path, Model.of(two_layers), 2)]
-    # vLLM's executor sets VLLM_DIST_IDENT; the CPU's workers name memory by it.
-    environment = {"VLLM_PLUGINS": "", "VLLM_DIST_IDENT": tmp_path.name, "CUDA_VISIBLE_DEVICES": ""}
+    # vLLM's executor sets VLLM_DIST_IDENT; the CPU's workers name shared memory by it, and leave it.
+    identity = uuid.uuid4().hex
+    environment = {"VLLM_PLUGINS": "", "VLLM_DIST_IDENT": identity, "CUDA_VISIBLE_DEVICES": ""}
     given = [f"{folder}:{workers}" for folder, _, workers in models]
-    output = subprocess.check_output(
-        [sys.executable, "-m", "tests.deploy.vllm_shapes", str(slots), str(rank), *given],
-        cwd=ROOT,
-        env=os.environ | environment,
-        text=True,
-    )
+    try:
+        output = subprocess.check_output(
+            [sys.executable, "-m", "tests.deploy.vllm_shapes", str(slots), str(rank), *given],
+            cwd=ROOT,
+            env=os.environ | environment,
+            text=True,
+        )
+    finally:
+        for left in Path("/dev/shm").glob(f"{identity}*"):  # noqa: S108
+            left.unlink()
     for (_, model, workers), weighed in zip(
         models, json.loads(output.splitlines()[-1]), strict=True
     ):
