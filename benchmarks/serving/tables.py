@@ -137,6 +137,7 @@ class Comparison:
             measures = {
                 "longest gap": ("ms", goal, found["longest_ms"], peer["longest_ms"]),
                 "p99 gap": ("ms", goal, found["p99_ms"], peer["p99_ms"]),
+                "the client's own delay": ("ms", "", found["client_lag_ms"], peer["client_lag_ms"]),
             }
             if joining:
                 waits = [statistics.median(one["ttft_ms"]) for one in (found, peer)]
@@ -227,7 +228,9 @@ class Comparison:
 
     async def _stall(self, client: httpx.AsyncClient, joins: Sequence[Join]) -> dict[str, Any]:
         fields = {"model": MODEL, "max_tokens": 4000, **PLAIN}
-        streams = Streams(client, fields, min(32, max(self._options.streams)))
+        streams = Streams(
+            str(client.base_url).rstrip("/"), fields, min(32, max(self._options.streams))
+        )
         return await measure(client, streams, joins, idle_s=2)
 
     async def _hits(self, tier: str) -> float:
