@@ -71,8 +71,9 @@ class MergeConfig:
         density: share of each member's entries that survive, above 0 and at most 1: the
             largest (`ties`, `knots`, `core_space`) or random ones (`dare_ties`).
         normalize: cluster the units as functions of norm 1, by angle, not by distance.
-        scale: rule for one factor on the whole merge, see `lego_core.scale`; `none` leaves it
-            as the method has it.
+        scale: one factor on the whole merge (`lego_core.scale`). `strength` has each member at
+            full strength, `norm` makes the merge as long as a member, `nearest` brings it
+            nearest to all of them; `none` leaves it as the method has it.
 
     Raises:
         ConfigError: a field is out of its domain; `param` names it.
