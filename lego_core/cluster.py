@@ -17,7 +17,13 @@ RELATIVE_ZERO = 1e-6
 
 
 def cluster_units(
-    gram: torch.Tensor, k: int, *, align_sign: bool, restarts: int, seed: int
+    gram: torch.Tensor,
+    k: int,
+    *,
+    align_sign: bool,
+    restarts: int,
+    seed: int,
+    normalize: bool = False,
 ) -> torch.Tensor:
     """Partition the N units of each module into at most k clusters.
 
@@ -35,6 +41,7 @@ def cluster_units(
         align_sign: see above.
         restarts: number of starts, at least 1.
         seed: of the draws.
+        normalize: compare directions only; the order of visits is still that of the norms.
 
     Returns:
         Membership with signs, shape [M, k, N], float64: +1 or -1 where unit n belongs to
@@ -51,6 +58,10 @@ def cluster_units(
     order = gram.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     ordered = gram.gather(1, order[:, :, None].expand_as(gram))
     ordered = ordered.gather(2, order[:, None, :].expand_as(gram))
+    if normalize:
+        norms = ordered.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+        scale = norms[:, :, None] * norms[:, None, :]
+        ordered = torch.where(scale > 0, ordered / scale, 0.0)
 
     chosen = torch.zeros(n_modules, k, n_units, dtype=gram.dtype, device=gram.device)
     lowest = gram.new_full((n_modules,), torch.inf)

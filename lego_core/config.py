@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -15,10 +15,13 @@ MAX_RESTARTS = 64
 _SHOWN = 100
 
 Norm = Literal["l2", "inf", "off"]
+Scale = Literal["none", "strength", "norm", "nearest"]
 
 NORM_NAMES: tuple[str, ...] = ("l2", "inf", "off")
+SCALE_NAMES: tuple[str, ...] = ("none", "strength", "norm", "nearest")
 
-_CLUSTERING: Mapping[str, Any] = {"restarts": 4, "seed": 0}
+_SCALE: Mapping[str, Any] = {"scale": "none"}
+_CLUSTERING: Mapping[str, Any] = {"restarts": 4, "seed": 0, **_SCALE}
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "lego": {
         "balance": True,
@@ -28,13 +31,14 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
         **_CLUSTERING,
     },
     "lego-paper": _CLUSTERING,
-    "concat": {},
-    "svd": {},
-    "linear": {},
-    "ties": {"density": 0.2},
-    "dare_ties": {"density": 0.5, "seed": 0},
-    "knots": {"density": 0.2},
-    "core_space": {"density": 0.2},
+    "lego-functions": {"normalize": False, **_CLUSTERING},
+    "concat": _SCALE,
+    "svd": _SCALE,
+    "linear": _SCALE,
+    "ties": {"density": 0.2, **_SCALE},
+    "dare_ties": {"density": 0.5, "seed": 0, **_SCALE},
+    "knots": {"density": 0.2, **_SCALE},
+    "core_space": {"density": 0.2, **_SCALE},
 }
 """The options of each method with their defaults. A method has no others."""
 
@@ -66,6 +70,10 @@ class MergeConfig:
         seed: of the random draws.
         density: share of each member's entries that survive, above 0 and at most 1: the
             largest (`ties`, `knots`, `core_space`) or random ones (`dare_ties`).
+        normalize: cluster the units as functions of norm 1, by angle, not by distance.
+        scale: one factor on the whole merge (`lego_core.scale`). `strength` has each member at
+            full strength, `norm` makes the merge as long as a member, `nearest` brings it
+            nearest to all of them; `none` leaves it as the method has it.
 
     Raises:
         ConfigError: a field is out of its domain; `param` names it.
@@ -80,6 +88,8 @@ class MergeConfig:
     restarts: int = _OF_METHOD
     seed: int = _OF_METHOD
     density: float = _OF_METHOD
+    normalize: bool = _OF_METHOD
+    scale: Scale = _OF_METHOD
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHOD_NAMES)
@@ -122,8 +132,14 @@ class MergeConfig:
         return dataclasses.replace(defaults, **fields)
 
     def as_dict(self) -> dict[str, str | int | float | bool]:
-        """Return method, rank and the method's options, in the order of their declaration."""
+        """Return method, rank and the method's options, in the order of their declaration.
+
+        A scale of `none` is left out where that is the default: merges made before there were
+        scales keep their ids.
+        """
         fields = dataclasses.asdict(self)
+        if self.scale == "none" == OPTIONS[self.method]["scale"]:
+            del fields["scale"]
         return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -154,7 +170,7 @@ def _share(name: str, value: object) -> None:
         )
 
 
-_CHECKS = {
+_CHECKS: Mapping[str, Callable[[str, Any], None]] = {
     "balance": _boolean,
     "align_sign": _boolean,
     "parameter_reweighting": lambda name, value: _one_of(name, value, NORM_NAMES),
@@ -162,6 +178,8 @@ _CHECKS = {
     "restarts": lambda name, value: _integer(name, value, 1, MAX_RESTARTS),
     "seed": lambda name, value: _integer(name, value, 0, 2**63 - 1),
     "density": _share,
+    "normalize": _boolean,
+    "scale": lambda name, value: _one_of(name, value, SCALE_NAMES),
 }
 
 

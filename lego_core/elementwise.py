@@ -112,17 +112,18 @@ def _module_by_module(units: Units, rank: int, dtype: torch.dtype, merge: Module
             out_a[m, : len(merged_a)] = merged_a
             out_b[m, :, : len(merged_a)] = merged_b
             accounts.append(_account(a, b, merged_a, merged_b))
-    overlap, merged_square = torch.stack(accounts).unbind(1)
+    account = torch.stack(accounts)
+    overlap, merged_square = account[:, :-1], account[:, -1]
     return Merged(factors, lambda: Moments(overlap, merged_square, sum_square(units)))
 
 
 def _account(
     a: torch.Tensor, b: torch.Tensor, merged_a: torch.Tensor, merged_b: torch.Tensor
 ) -> torch.Tensor:
-    """Return <merge, sum> and |merge|^2."""
-    overlap = ((merged_a @ a.T).double() * (merged_b.T @ b).double()).sum()
+    """Return <merge, unit i> of each unit, then |merge|^2."""
+    overlap = ((merged_a @ a.T).double() * (merged_b.T @ b).double()).sum(dim=0)
     square = ((merged_a @ merged_a.T).double() * (merged_b.T @ merged_b).double()).sum()
-    return torch.stack([overlap, square])
+    return torch.cat([overlap, square[None]])
 
 
 def _largest(delta: torch.Tensor, density: float) -> torch.Tensor:

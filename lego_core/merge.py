@@ -18,7 +18,8 @@ from lego_core.config import MergeConfig
 from lego_core.errors import ConfigError, IncompatibleAdaptersError
 from lego_core.methods import METHODS
 from lego_core.plan import Group, plan_merge
-from lego_core.pool import open_pool
+from lego_core.pool import Units, open_pool
+from lego_core.scale import scaled
 from lego_core.threads import one_thread
 from lego_core.units import Merged, disassemble, refuse_overflow
 
@@ -142,7 +143,9 @@ def merge_adapters(
         raise ConfigError(f"dtype is {dtype}; it must be one of {wanted_dtypes}", param="dtype")
 
     clock = _Clock(target)
-    outcomes: list[tuple[Group, Merged]] = []
+    outcomes: list[tuple[Units, Merged]] = []
+    # A merge that is to be scaled is not rounded before.
+    computed = dtype if config.scale == "none" else torch.promote_types(dtype, torch.float32)
     with one_thread(target), torch.no_grad():
         for group in plan_merge(sources):
             pool = open_pool(group, sources, target, method.needs)
@@ -154,7 +157,10 @@ def merge_adapters(
                 peaks=method.needs_peaks(config),
             )
             clock.lap("disassemble")
-            outcomes.append((group, method.merge(units, config, dtype)))
+            outcomes.append((units, method.merge(units, config, computed)))
+            clock.lap("reassemble")
+        if config.scale != "none":
+            outcomes = scaled(outcomes, gains, config.scale, dtype)
             clock.lap("reassemble")
 
     merged = LoraAdapter(
@@ -162,18 +168,18 @@ def merge_adapters(
         modules=_modules(outcomes),
         base_model=next((s.base_model for s in sources if s.base_model), None),
     )
-    for group, outcome in outcomes:
-        _check_finite(group, outcome)
+    for units, outcome in outcomes:
+        _check_finite(units.group, outcome)
     if not report:
         return merged
     seconds = clock.seconds() | {"total": time.perf_counter() - started}
     return merged, _report(outcomes, config.rank, seconds)
 
 
-def _modules(outcomes: Sequence[tuple[Group, Merged]]) -> dict[str, LoraModule]:
+def _modules(outcomes: Sequence[tuple[Units, Merged]]) -> dict[str, LoraModule]:
     modules: dict[str, LoraModule] = {}
-    for group, outcome in outcomes:
-        for block, (a, b) in zip(group.blocks, outcome.factors.blocks, strict=True):
+    for units, outcome in outcomes:
+        for block, (a, b) in zip(units.group.blocks, outcome.factors.blocks, strict=True):
             for name, lora_a, lora_b in zip(block.names, a.unbind(), b.unbind(), strict=True):
                 modules[name] = LoraModule(lora_a, lora_b, is_embedding=block.is_embedding)
     return {name: modules[name] for name in sorted(modules)}
@@ -287,15 +293,17 @@ def _device_of(adapter: LoraAdapter) -> torch.device:
 
 
 def _report(
-    outcomes: Sequence[tuple[Group, Merged]], rank: int, seconds: Mapping[str, float]
+    outcomes: Sequence[tuple[Units, Merged]], rank: int, seconds: Mapping[str, float]
 ) -> MergeReport:
     modules: dict[str, ModuleReport] = {}
     sums = [0.0, 0.0, 0.0]
-    for group, outcome in outcomes:
-        sizes = [[]] * len(group.names) if outcome.sizes is None else outcome.sizes.long().tolist()
+    for units, outcome in outcomes:
+        names = units.group.names
+        sizes = [[]] * len(names) if outcome.sizes is None else outcome.sizes.long().tolist()
         moments = outcome.moments()
-        rows = torch.stack([moments.overlap, moments.merged_square, moments.sum_square]).T.tolist()
-        for name, of_module, row in zip(group.names, sizes, rows, strict=True):
+        overlap = moments.overlap.sum(dim=1)
+        rows = torch.stack([overlap, moments.merged_square, moments.sum_square]).T.tolist()
+        for name, of_module, row in zip(names, sizes, rows, strict=True):
             if not math.isfinite(row[2]):
                 refuse_overflow(name)
             filled = tuple(sorted((size for size in of_module if size), reverse=True))

@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | `lego` | cluster the units, keep the centroids, in the gauge of `MergeConfig` | Zhao et al., ICLR 2025, https://arxiv.org/abs/2409.16167 |
 | `lego-paper` | the same as the paper has it, as far as can be known: no gauge, norm `inf` | the same |
+| `lego-functions` | cluster the units as functions, keep each cluster's leading singular pair | this project's, see `lego_core.functions` |
 | `concat` | the exact weighted sum, if the rank has room for all units | the same, section 3.1 |
 | `svd` | the best approximation of the weighted sum in Frobenius norm | Eckart and Young, 1936 |
 | `linear` | average A and B by position, as PEFT's `linear` does | https://huggingface.co/docs/peft/developer_guides/model_merging |
@@ -28,6 +29,7 @@ from lego_core.cluster import cluster_units
 from lego_core.config import MergeConfig
 from lego_core.elementwise import dare_ties, knots, ties
 from lego_core.errors import ConfigError, IncompatibleAdaptersError
+from lego_core.functions import lego_functions
 from lego_core.pool import Units, fits_kernels
 from lego_core.reassemble import centroids, fused_centroids, rescaled_to_peaks
 from lego_core.spectral import core_space, svd
@@ -146,6 +148,7 @@ def linear(units: Units, config: MergeConfig, dtype: torch.dtype) -> Merged:
 METHODS: Mapping[str, Method] = {
     "lego": Method(lego),
     "lego-paper": Method(lego_paper, balanced=False),
+    "lego-functions": Method(lego_functions, balanced=True),
     "concat": Method(concat, balanced=False),
     "svd": Method(svd, balanced=True, needs="exact products"),
     "linear": Method(linear, balanced=False),

@@ -40,10 +40,11 @@ class Mixing:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """What the fidelity of a merge is made of, each of shape [M], float64.
+    """What the fidelity and the scale of a merge are made of, each of shape [M], float64.
 
     Attributes:
-        overlap: <merge, sum>, in the Frobenius inner product.
+        overlap: <merge, unit i> in the Frobenius inner product, shape [M, N]; its sum over i is
+            <merge, sum>.
         merged_square: |merge|^2.
         sum_square: |exact weighted sum|^2.
     """
@@ -59,7 +60,7 @@ class Merged:
 
     Attributes:
         factors: k units per module.
-        moments: what their fidelity is made of; only reports ask.
+        moments: what their fidelity is made of; only reports and scale rules ask.
         sizes: units per cluster, shape [M, k], for methods that cluster.
     """
 
@@ -121,7 +122,7 @@ def moments(units: Units, mixing: Mixing) -> Moments:
     cross_a, cross_b = mixing.a @ units.gram_a, mixing.b @ units.gram_b
     product_a, product_b = cross_a @ mixing.a.mT, cross_b @ mixing.b.mT
     return Moments(
-        overlap=(cross_a * cross_b).sum(dim=(1, 2)),
+        overlap=(cross_a * cross_b).sum(dim=1),
         merged_square=(product_a * product_b).sum(dim=(1, 2)),
         sum_square=sum_square(units),
     )

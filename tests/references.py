@@ -103,6 +103,8 @@ def cluster(vectors: Sequence[Array], config: MergeConfig) -> list[Cluster]:
         return [[(i, 1.0)] for i in range(len(vectors))]
     order = sorted(range(len(vectors)), key=lambda i: -float(vectors[i] @ vectors[i]))
     visited = [vectors[i] for i in order]
+    if config.normalize:
+        visited = [vector / (np.linalg.norm(vector) or 1.0) for vector in visited]
     generator = torch.Generator().manual_seed(config.seed)
     draws = torch.rand(
         (config.restarts, config.rank), dtype=torch.float64, generator=generator
@@ -210,6 +212,16 @@ def reassemble(
     if config.output_reweighting:
         total *= np.sqrt(rank / min(config.rank, len(units)))
     return total
+
+
+def function_sums(units: Sequence[Unit], config: MergeConfig) -> list[Array]:
+    """The partial sums of clusters of matrices b a^T, compared entry by entry."""
+    matrices = [unit.matrix for unit in units]
+    return [
+        np.sum([matrices[i] for i, _ in members], axis=0)
+        for members in cluster([matrix.ravel() for matrix in matrices], config)
+        if members
+    ]
 
 
 def delta(module: LoraModule) -> Array:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lego_core.config import MAX_RANK, MAX_RESTARTS, METHOD_NAMES, NORM_NAMES
+from lego_core.config import MAX_RANK, MAX_RESTARTS, METHOD_NAMES, NORM_NAMES, SCALE_NAMES
 
 MergeId = Annotated[str, Field(pattern="^lego-[0-9a-f]{16}$", examples=["lego-0123456789abcdef"])]
 
@@ -41,6 +41,8 @@ class MergeOptions(BaseModel):
     restarts: Annotated[int, Field(ge=1, le=MAX_RESTARTS)] = 4
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     density: Annotated[float, Field(gt=0, le=1)] = 0.2
+    normalize: bool = False
+    scale: Annotated[str, Field(json_schema_extra={"enum": list(SCALE_NAMES)})] = "none"
 
 
 class SetFields(BaseModel):

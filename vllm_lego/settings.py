@@ -75,7 +75,7 @@ class Settings:
         },
     )
     methods: str = field(
-        default="lego lego-paper concat svd linear core_space",
+        default="lego lego-paper lego-functions concat svd linear core_space",
         metadata={
             "help": "merging methods that requests may ask for, separated by commas or spaces. "
             "ties, dare_ties and knots, which build every update as a whole matrix, are left out: a "

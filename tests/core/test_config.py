@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lego_core import ConfigError, MergeConfig
+from lego_core.config import SCALE_NAMES
 from lego_core.methods import METHODS
 from tests import strategies
 
@@ -27,6 +28,9 @@ BAD_FIELDS = [
     ("rank", None),
     ("balance", 1),
     ("balance", "true"),
+    ("scale", "sum"),
+    ("scale", ["norm"]),
+    ("scale", 0.5),
     ("density", 0),
     ("density", 1.5),
     ("density", True),
@@ -68,7 +72,13 @@ def test_bounds_themselves_are_allowed(fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("method", "field", "value"),
-    [("svd", "restarts", 4), ("lego-paper", "balance", True), ("lego", "density", 0.2)],
+    [
+        ("svd", "restarts", 4),
+        ("lego-paper", "balance", True),
+        ("lego", "density", 0.2),
+        ("lego", "normalize", True),
+        ("lego-functions", "balance", True),
+    ],
 )
 def test_option_of_another_method_is_refused(method: str, field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"{field} is .* {method} has no such option") as caught:
@@ -81,6 +91,17 @@ def test_another_method_than_the_default_takes_its_own_options_and_the_rank() ->
     changed = MergeConfig.from_mapping({"method": "ties"}, defaults)
     assert changed == MergeConfig(method="ties", rank=8)
     assert changed.as_dict() == {"method": "ties", "rank": 8, "density": 0.2}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scale_is_an_option_of_every_method_and_left_out_where_there_is_none(method: str) -> None:
+    plain = MergeConfig(method=method)
+    assert plain == MergeConfig(method=method, scale="none")
+    assert "scale" not in plain.as_dict()
+    for rule in SCALE_NAMES:
+        config = MergeConfig(method=method, scale=rule)
+        assert MergeConfig.from_mapping(config.as_dict()) == config
+        assert config.as_dict().get("scale", "none") == rule
 
 
 def test_null_is_no_way_to_leave_a_field_out() -> None:
@@ -117,7 +138,7 @@ def test_any_json_value_gives_a_config_or_a_config_error(field: str, value: obje
     except ConfigError as error:
         assert error.param == field  # noqa: PT017
     else:
-        assert config.as_dict()[field] == value
+        assert getattr(config, field) == value
 
 
 def test_every_allowed_method_is_in_the_table() -> None:

@@ -130,7 +130,7 @@ def test_what_else_runs_changes_no_bit(method: str) -> None:
         assert {bits(adapters, method) for _ in range(5)} == {alone}
 
 
-@pytest.mark.parametrize("method", ["lego", "lego-paper", "svd", "core_space"])
+@pytest.mark.parametrize("method", ["lego", "lego-paper", "lego-functions", "svd", "core_space"])
 def test_what_else_runs_changes_no_bit_of_wide_modules(method: str) -> None:
     adapters = members_of(WIDE, torch.float32)
     alone = bits(adapters, method)

@@ -248,11 +248,14 @@ entries = (
 options = st.fixed_dictionaries(
     {},
     optional={
-        "method": st.sampled_from(["lego", "svd", "linear", "ties", "dare_ties", "concat", "x"]),
+        "method": st.sampled_from(
+            ["lego", "lego-functions", "svd", "linear", "ties", "dare_ties", "concat", "x"]
+        ),
         "rank": st.integers(0, 10) | anything,
         "density": st.floats(0, 1) | anything,
         "restarts": st.integers(0, 4) | anything,
         "seed": st.integers() | anything,
+        "scale": st.sampled_from(["none", "norm", "x"]) | anything,
     },
 )
 fields = st.fixed_dictionaries(

@@ -114,6 +114,8 @@ def test_weights_and_configuration_make_other_merges(client):
         {"adapters": ["numbers", {"name": "shout", "weight": 0.5}]},
         {"adapters": ["numbers", "shout"], "merge": {"rank": 4}},
         {"adapters": ["numbers", "shout"], "merge": {"balance": False}},
+        {"adapters": ["numbers", "shout"], "merge": {"scale": "norm"}},
+        {"adapters": ["numbers", "shout"], "merge": {"method": "lego-functions"}},
     ]
     identities = {ask(client, NUMBER, **fields)[1]["x-lego-model"] for fields in asked}
     assert len(identities) == len(asked)

@@ -147,6 +147,7 @@ def test_a_hub_that_keeps_a_request_waiting_is_a_timeout_for_it(start, hub: Hub)
     ("merge", "allowed"),
     [
         ({"method": "svd"}, True),
+        ({"method": "lego-functions", "scale": "nearest"}, True),
         ({"method": "ties"}, False),
         ({"method": "dare_ties", "density": 0.3}, False),
         ({"method": "knots"}, False),
@@ -164,7 +165,9 @@ def test_what_burns_the_device_is_refused_unless_the_operator_allows_it(start, m
             with pytest.raises(BadRequestError, match="this server allows") as caught:
                 await use(service, "a", "b", **merge)
             assert caught.value.param in ("merge.method", "merge.restarts")
-        service, _ = start(methods="ties, dare_ties knots lego-paper svd", max_restarts=64)
+        service, _ = start(
+            methods="ties, dare_ties knots lego-paper lego-functions svd", max_restarts=64
+        )
         assert (await use(service, "a", "b", **merge)).result in ("miss", "hit")
 
     asyncio.run(scenario())

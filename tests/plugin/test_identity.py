@@ -44,12 +44,15 @@ CHANGES = {
     "restarts": 5,
     "seed": 1,
     "density": 0.5,
+    "normalize": True,
+    "scale": "norm",
 }
+HAVING = {"density": "ties", "normalize": "lego-functions"}
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(MergeConfig)])
 def test_every_field_of_the_configuration_matters(field):
-    config = MergeConfig(method="ties", rank=8) if field == "density" else CONFIG
+    config = MergeConfig(method=HAVING.get(field, "lego"), rank=8)
     changed = MergeConfig.from_mapping({field: CHANGES[field]}, config)
     assert name(config=changed) != name(config=config)
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from lego_core import MergeConfig
-from lego_core.config import MAX_RANK, METHOD_NAMES, NORM_NAMES, OPTIONS
+from lego_core.config import MAX_RANK, METHOD_NAMES, NORM_NAMES, OPTIONS, SCALE_NAMES
 
-_CHOICES = {"parameter_reweighting": NORM_NAMES}
+_CHOICES = {"parameter_reweighting": NORM_NAMES, "scale": SCALE_NAMES}
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +75,8 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         else:
             kind = {"type": type(sample), "metavar": "N" if isinstance(sample, int) else "X"}
         of = ", ".join(f"{method}: {_shown(value)}" for method, value in defaults.items())
+        if list(defaults.values()) == [sample] * len(METHOD_NAMES):
+            of = f"all: {_shown(sample)}"
         what = f"{described.get(name, '')} [{of}]".strip()
         group.add_argument(
             f"--{name.replace('_', '-')}",
