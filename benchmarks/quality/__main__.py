@@ -112,7 +112,7 @@ def _run(options: argparse.Namespace, subject: Subject, plan: Plan) -> int:
         if (work / "adapters" / family.name / "training.json").exists()
         for task in family.tasks
     }
-    bench = Bench(subject, bank, adapters, work / "records.jsonl", deadline)
+    bench = Bench(subject, bank, work / "adapters", adapters, work / "records.jsonl", deadline)
     if finished:
         score_singles(bench)
         finished = not bench.is_late and run(bench, jobs(bench, plan))

@@ -7,11 +7,12 @@ finished job is one line of a file, and a job that is there is not done again.
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import random
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +29,9 @@ from benchmarks.quality.merging import (
     competitors,
     frobenius,
     make,
+    make_elsewhere,
     scale_rules,
+    taken,
 )
 from benchmarks.quality.model import Batch, Subject, worn
 from benchmarks.quality.tasks import STYLES, TASKS, Bank, Question, Split
@@ -37,9 +40,6 @@ from lego_core import LoraAdapter
 
 LEARNT = 0.3
 """An adapter below this validation score has learnt too little for a share of it to mean much."""
-AHEAD = 24
-"""Merges in the making while others are scored."""
-THREADS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,7 @@ class Bench:
 
     subject: Subject
     bank: Bank
+    folder: Path
     adapters: Mapping[str, LoraAdapter]
     file: Path
     deadline: float
@@ -104,11 +105,13 @@ class Bench:
 
     def __post_init__(self) -> None:
         if self.file.exists():
-            lines = self.file.read_text().splitlines()
-            found = [json.loads(line) for line in lines if line.endswith("}")]
+            whole, _, torn = self.file.read_text().rpartition("\n")
+            if torn:  # by a run that was killed
+                self.file.write_text(whole + "\n")
+            found = map(json.loads, whole.splitlines())
             self.records = {record["key"]: record for record in found}
         self.exam = lru_cache(maxsize=None)(self._exam)
-        self.members = lru_cache(maxsize=4)(self._members)
+        self.members = lru_cache(maxsize=16)(self._members)
 
     def keep(self, record: dict[str, Any]) -> None:
         """Write a result down."""
@@ -154,7 +157,7 @@ def score_singles(bench: Bench) -> None:
         bench.subject.wear()
         if name != "base":
             adapter = bench.adapters[name]
-            bench.subject.wear(worn([adapter], bench.subject))
+            bench.subject.wear(worn([adapter]))
             norm = frobenius(adapter)
             own = sum(weights[layer] ** 2 for layer in adapter.modules) ** 0.5
             record |= {"rank": adapter.rank, "norm": norm, "relative_norm": norm / own}
@@ -170,7 +173,7 @@ def jobs(bench: Bench, plan: Plan) -> Iterator[Job]:
     yield from _multi_task(bench, plan, [variant for variant in every if not variant.is_slow])
     yield from _one_thing_varied(bench, plan)
     yield from _mixed_ranks(bench, plan, every)
-    yield from _composition(bench, plan, every)
+    yield from _composition(bench, plan, [variant for variant in every if not variant.is_slow])
     yield from _multi_task(bench, plan, slow)
 
 
@@ -249,27 +252,39 @@ def _job(experiment: str, names: tuple[str, ...], variant: Variant, rank: int) -
 
 
 def run(bench: Bench, todo: Iterator[Job]) -> bool:
-    """Do the jobs that are not done yet. Returns whether none is left."""
-    waiting: deque[tuple[Job, Members, Future[Merge]]] = deque()
-    missing = (job for job in todo if job.key not in bench.records)
-    with ThreadPoolExecutor(THREADS if bench.subject.device.type == "cuda" else 1) as pool:
-        while True:
-            while len(waiting) < AHEAD and not bench.is_late and (job := next(missing, None)):
-                members = bench.members(job.members)
-                merge = pool.submit(make, job.variant, members, job.rank, bench.subject)
-                waiting.append((job, members, merge))
-            if not waiting:
-                return not bench.is_late or next(missing, None) is None
-            job, members, merge = waiting.popleft()
-            bench.keep(_score(bench, job, members, merge.result()))
-            if bench.is_late:
-                pool.shutdown(cancel_futures=True)
-                return False
+    """Do the jobs that are not done yet; stop when it is late. Returns whether none is left.
+
+    The CPU's cores merge what is for them while the device merges the rest and scores all.
+    """
+    missing = [job for job in todo if job.key not in bench.records]
+    for_cores = deque(job for job in missing if job.variant.is_for_cores)
+    here = deque(job for job in missing if not job.variant.is_for_cores)
+    cores = max(1, (os.cpu_count() or 1) - 2)
+    pending: list[tuple[Job, Any]] = []
+    with multiprocessing.get_context("spawn").Pool(cores) as pool:  # which it ends when left
+        while (for_cores or here or pending) and not bench.is_late:
+            while for_cores and len(pending) < 2 * cores:
+                job = for_cores.popleft()
+                asked = (job.variant, str(bench.folder), job.members, job.rank)
+                pending.append((job, pool.apply_async(make_elsewhere, asked)))
+            ready = next((i for i, (_, result) in enumerate(pending) if result.ready()), None)
+            if ready is not None:
+                job, result = pending.pop(ready)
+                bench.keep(_score(bench, job, taken(*result.get())))
+            elif here:
+                job = here.popleft()
+                bench.keep(
+                    _score(bench, job, make(job.variant, bench.members(job.members), job.rank))
+                )
+            else:
+                pending[0][1].wait(0.05)
+    return not (for_cores or here or pending)
 
 
-def _score(bench: Bench, job: Job, members: Members, merge: Merge) -> dict[str, Any]:
+def _score(bench: Bench, job: Job, merge: Merge) -> dict[str, Any]:
     """Score a merge: on validation at every scale, on test at the best of them and by the rules."""
     started = time.perf_counter()
+    members = bench.members(job.members)
     rules = merge.rules(members) if len(job.variant.scales) > 1 else {"as it is": 1.0}
     scales = sorted({*job.variant.scales, *rules.values()})
     singles = [f"single|{name}" for name in job.members]

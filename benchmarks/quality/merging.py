@@ -7,13 +7,16 @@ import math
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 
-from benchmarks.quality.model import Subject, Update, worn
-from lego_core import LoraAdapter, LoraModule, MergeConfig, merge_adapters
+from benchmarks.quality.model import Update, worn
+from lego_core import LoraAdapter, LoraModule, MergeConfig, load_adapter, merge_adapters
 from lego_core.config import NORM_NAMES, OPTIONS
 from lego_core.elementwise import ties_mean
 from lego_core.methods import METHODS
@@ -46,8 +49,13 @@ class Variant:
 
     @property
     def is_slow(self) -> bool:
-        """Whether it works entry by entry."""
+        """Whether it works entry by entry, which takes a core half a minute."""
         return self.method in SLOW
+
+    @property
+    def is_for_cores(self) -> bool:
+        """Whether it is thousands of small decompositions, in which a GPU waits for its host."""
+        return self.is_slow or METHODS[self.method].needs != "products"
 
 
 def competitors() -> list[Variant]:
@@ -100,7 +108,7 @@ class Members:
     """What is merged, and what is known of it once for all methods.
 
     Attributes:
-        adapters: the members, on the subject's device.
+        adapters: the members.
         norms: of their updates, in the Frobenius sense, over all layers.
         exact: their sum.
         sum_norm: its norm.
@@ -150,36 +158,50 @@ class Merge:
         }
 
 
-def make(variant: Variant, members: Members, rank: int, subject: Subject) -> Merge:
-    """Merge on the subject's device, in a stream of its own."""
-    if subject.device.type != "cuda":
-        return _make(variant, members, rank, subject)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        merge = _make(variant, members, rank, subject)
-    stream.synchronize()
-    return merge
-
-
 @torch.no_grad()
-def _make(variant: Variant, members: Members, rank: int, subject: Subject) -> Merge:
+def make(variant: Variant, members: Members, rank: int) -> Merge:
+    """Merge where the members lie."""
     started = time.perf_counter()
     if variant.method in DENSE:
-        updates = dict(_dense(variant, members.adapters, subject))
+        updates = dict(_dense(variant, members.adapters))
         norm, overlap = _dense_norm(updates, members.exact)
         fidelity = overlap / (norm * members.sum_norm) if norm * members.sum_norm else 0.0
         return Merge(updates, None, fidelity, norm, time.perf_counter() - started)
     kept = members.exact.rank if variant.bound else rank
     config = MergeConfig(method=variant.method, rank=kept, **variant.options)
     merged, report = merge_adapters(members.adapters, config, report=True)
-    updates = worn([merged], subject)
     seconds = time.perf_counter() - started
-    return Merge(updates, kept, report.fidelity, frobenius(merged), seconds)
+    return Merge(worn([merged]), kept, report.fidelity, frobenius(merged), seconds)
 
 
-def _dense(
-    variant: Variant, members: Sequence[LoraAdapter], subject: Subject
-) -> Iterator[tuple[str, Update]]:
+def make_elsewhere(
+    variant: Variant, folder: str, names: tuple[str, ...], rank: int
+) -> tuple[Merge, bytes]:
+    """Merge on one core of the CPU, in another process: `taken` undoes the packing."""
+    torch.set_num_threads(1)
+    merge = make(variant, _read(folder, names), rank)
+    tensors = {}
+    for name, update in merge.updates.items():
+        tensors[f"{name}.a"] = update.a.contiguous()
+        if update.b is not None:
+            tensors[f"{name}.b"] = update.b.contiguous()
+    return replace(merge, updates={}), save(tensors)
+
+
+def taken(merge: Merge, content: bytes) -> Merge:
+    """Put the updates back into a merge that was made elsewhere."""
+    tensors = load(content)
+    names = [name.removesuffix(".a") for name in tensors if name.endswith(".a")]
+    updates = {name: Update(tensors[f"{name}.a"], tensors.get(f"{name}.b")) for name in names}
+    return replace(merge, updates=updates)
+
+
+@lru_cache(maxsize=4)
+def _read(folder: str, names: tuple[str, ...]) -> Members:
+    return Members.of([load_adapter(Path(folder) / name) for name in names])
+
+
+def _dense(variant: Variant, members: Sequence[LoraAdapter]) -> Iterator[tuple[str, Update]]:
     """Merge whole updates entry by entry, layer after layer."""
     density = OPTIONS[variant.method.removesuffix(", dense")]["density"]
     for name in sorted({name for member in members for name in member.modules}):
@@ -190,7 +212,7 @@ def _dense(
             merged = ties_mean(deltas * (draws < density) / density, 1.0)
         else:
             merged = ties_mean(deltas, density)
-        yield name, Update(merged.T.to(subject.device, subject.gains.dtype)[None])
+        yield name, Update(merged.T.to(members[0].dtype)[None])
 
 
 def _dense_norm(updates: Mapping[str, Update], exact: LoraAdapter) -> tuple[float, float]:

@@ -33,6 +33,10 @@ class Update:
     a: torch.Tensor
     b: torch.Tensor | None = None
 
+    def to(self, device: torch.device) -> Update:
+        """Return it on a device, itself if it is there."""
+        return Update(self.a.to(device), None if self.b is None else self.b.to(device))
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -136,7 +140,8 @@ class Subject:
     def wear(self, updates: Mapping[str, Update] | None = None) -> None:
         """Put these updates on, by layer, for those worn before."""
         for name, layer in self.layers.items():
-            layer.update = (updates or {}).get(name)
+            update = (updates or {}).get(name)
+            layer.update = update and update.to(self.device)
 
     def weight_norms(self) -> dict[str, float]:
         """Return the Frobenius norm of every layer's own weight."""
@@ -203,15 +208,12 @@ class Subject:
         return list(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
 
 
-def worn(adapters: Sequence[LoraAdapter], subject: Subject) -> dict[str, Update]:
+def worn(adapters: Sequence[LoraAdapter]) -> dict[str, Update]:
     """Stack adapters of the same layers and rank, to be worn at once."""
-    dtype, device = subject.gains.dtype, subject.device
     return {
         name: Update(
-            torch.stack([a.modules[name].lora_a.T for a in adapters]).to(device, dtype),
-            torch.stack([a.modules[name].lora_b.T * a.modules[name].scaling for a in adapters]).to(
-                device, dtype
-            ),
+            torch.stack([a.modules[name].lora_a.T for a in adapters]),
+            torch.stack([a.modules[name].lora_b.T * a.modules[name].scaling for a in adapters]),
         )
         for name in adapters[0].modules
     }

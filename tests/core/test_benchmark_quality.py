@@ -139,7 +139,7 @@ def trained(subject) -> LoraAdapter:
 
 
 def test_a_teacher_forced_match_is_what_greedy_decoding_gives(subject, trained):
-    subject.wear(worn([trained], subject))
+    subject.wear(worn([trained]))
     exam = subject.batch(subject.rows(QUESTIONS))
     decoded = subject.generate([q.prompt for q in QUESTIONS], 8)
     given = [text == q.answer for text, q in zip(decoded, QUESTIONS, strict=True)]
@@ -148,7 +148,7 @@ def test_a_teacher_forced_match_is_what_greedy_decoding_gives(subject, trained):
 
 
 def test_a_single_wrong_token_is_no_match(subject, trained):
-    subject.wear(worn([trained], subject))
+    subject.wear(worn([trained]))
     said = subject.generate([q.prompt for q in QUESTIONS], 8)
     right = [Question(q.prompt, text) for q, text in zip(QUESTIONS, said, strict=True)]
     assert hits(subject, subject.batch(subject.rows(right))).all()
@@ -169,11 +169,11 @@ def adapter_of(subject: Subject, seed: int, rank: int = 3) -> LoraAdapter:
 def test_adapters_worn_at_once_are_as_each_alone(subject):
     adapters = [adapter_of(subject, 1), adapter_of(subject, 2)]
     rows = subject.rows(QUESTIONS[:4])
-    subject.wear(worn(adapters, subject))
+    subject.wear(worn(adapters))
     gains = torch.tensor([0.5, 1.0, 1.0, 1.0] * 2)
     together = subject.answers(subject.batch(rows * 2), gains)
     for i, adapter in enumerate(adapters):
-        subject.wear(worn([adapter], subject))
+        subject.wear(worn([adapter]))
         alone = subject.answers(subject.batch(rows), gains[:4])
         mine = together.logits[together.row // 4 == i]
         torch.testing.assert_close(mine, alone.logits, rtol=1e-4, atol=1e-4)
@@ -182,7 +182,7 @@ def test_adapters_worn_at_once_are_as_each_alone(subject):
 def test_a_gain_is_a_factor_on_the_update(subject):
     adapter = adapter_of(subject, 3)
     batch = subject.batch(subject.rows(QUESTIONS[:3]))
-    subject.wear(worn([adapter], subject))
+    subject.wear(worn([adapter]))
     scaled = subject.answers(batch, torch.full((3,), 0.25)).logits
     dense = {
         name: Update((0.25 * module.delta()).T[None]) for name, module in adapter.modules.items()
@@ -197,7 +197,7 @@ def test_a_gain_is_a_factor_on_the_update(subject):
 def test_what_is_known_of_a_merge_is_that_of_its_dense_updates(subject, method):
     adapters = [adapter_of(subject, seed) for seed in (4, 5)]
     members = Members.of(adapters)
-    merge = make(Variant(method, method, bound=True), members, 3, subject)
+    merge = make(Variant(method, method, bound=True), members, 3)
     dense = {
         name: (u.a[0] if u.b is None else u.a[0] @ u.b[0]).T for name, u in merge.updates.items()
     }
