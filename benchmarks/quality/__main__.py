@@ -37,11 +37,11 @@ SOME = ("numbers", "plurals", "dates", "sums", "syllables", "sentiment")
 
 FULL = Plan(
     families=(
-        Family("r16-all", (*TASKS, *STYLES), rank=16, rate=2e-4, steps=1500, seed=1),
-        Family("r8-attention", tuple(TASKS), 8, 5e-4, 1500, seed=2, attention=True),
-        Family("r8-all", SOME, rank=8, rate=3e-4, steps=1200, seed=3),
-        Family("r4-all", SOME, rank=4, rate=4e-4, steps=1200, seed=4),
-        Family("r16-all-1e-4", SOME, rank=16, rate=1e-4, steps=1200, seed=5),
+        Family("r16-all", (*TASKS, *STYLES), rank=16, rate=2e-4, steps=1000, seed=1),
+        Family("r8-attention", tuple(TASKS), 8, 5e-4, 1000, seed=2, attention=True),
+        Family("r8-all", SOME, rank=8, rate=3e-4, steps=800, seed=3),
+        Family("r4-all", SOME, rank=4, rate=4e-4, steps=800, seed=4),
+        Family("r16-all-1e-4", SOME, rank=16, rate=1e-4, steps=800, seed=5),
     ),
     sizes=(2, 3, 5, 7),
     draws={"r16-all": 5, "r8-attention": 3, "r16-all-1e-4": 2},
@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("quality-work"), help="what is kept")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--limit-s", type=float, default=3600, help="begin nothing later")
-    parser.add_argument("--reserve-s", type=float, default=150, help="that training a family takes")
+    parser.add_argument("--reserve-s", type=float, default=180, help="that training a family takes")
     parser.add_argument("--device", help="cpu or cuda; cuda where there is one")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, to see that it runs")
     parser.add_argument("--draw", action="store_true", help="draw earlier results")

@@ -107,9 +107,18 @@ class Bench:
         if self.file.exists():
             whole, _, torn = self.file.read_text().rpartition("\n")
             if torn:  # by a run that was killed
-                self.file.write_text(whole + "\n")
+                self.file.write_text(whole and whole + "\n")
             found = map(json.loads, whole.splitlines())
             self.records = {record["key"]: record for record in found}
+            for name, adapter in self.adapters.items():
+                if (
+                    self.records.get(f"single|{name}", {}).get("digest", adapter.digest)
+                    != adapter.digest
+                ):
+                    raise SystemExit(
+                        f"{self.file} was made with another {name} than that in {self.folder}: move "
+                        "the file away, or bring its adapters back"
+                    )
         self.exam = lru_cache(maxsize=None)(self._exam)
         self.members = lru_cache(maxsize=16)(self._members)
 
@@ -160,7 +169,12 @@ def score_singles(bench: Bench) -> None:
             bench.subject.wear(worn([adapter]))
             norm = frobenius(adapter)
             own = sum(weights[layer] ** 2 for layer in adapter.modules) ** 0.5
-            record |= {"rank": adapter.rank, "norm": norm, "relative_norm": norm / own}
+            record |= {
+                "rank": adapter.rank,
+                "norm": norm,
+                "relative_norm": norm / own,
+                "digest": adapter.digest,
+            }
         for split in ("validation", "test"):
             record[split] = packed(hits(bench.subject, bench.exam(task, split))[0])
         bench.keep(record)

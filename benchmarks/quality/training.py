@@ -55,6 +55,8 @@ def train(family: Family, subject: Subject, bank: Bank) -> tuple[list[LoraAdapte
         optimizer,
         lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / family.steps)),
     )
+    # So that the same adapters come out on another day, should a run go on without its files.
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
     subject.wear(updates)
     gains = torch.full((len(family.tasks) * family.batch,), 2.0)
     started, losses = time.perf_counter(), []
@@ -70,6 +72,7 @@ def train(family: Family, subject: Subject, bank: Bank) -> tuple[list[LoraAdapte
             mean, seconds = float(torch.stack(losses[-50:]).mean()), time.perf_counter() - started
             print(f"{family.name}: step {step}, loss {mean:.4f}, {seconds:.0f} s", flush=True)
     subject.wear()
+    torch.use_deterministic_algorithms(mode=False)
     last = torch.stack(losses[-50:]).mean(dim=0).tolist()
     return [_adapter(family, i, updates) for i in range(len(family.tasks))], last
 
@@ -149,7 +152,7 @@ def own_answers(subject: Subject, prompts: Sequence[str]) -> dict[str, str]:
     """Return what the base model says by itself, cut to a sentence; by prompt."""
     subject.wear()
     found: dict[str, str] = {}
-    for prompt, text in zip(prompts, subject.generate(prompts, 32), strict=True):
+    for prompt, text in zip(prompts, subject.generate(prompts, 20), strict=True):
         sentence = re.match(r"[^\n]{2,}?[.!?](?=\s|$)", text.strip())
         if sentence:
             found[prompt] = sentence.group()
