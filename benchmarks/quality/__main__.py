@@ -67,7 +67,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.draw:
         results = json.loads((options.out / "quality.json").read_text())
-        report.draw(results, options.out)
+        lines = (options.out / "merges.jsonl").read_text().splitlines()
+        report.draw(results | {"merges": [json.loads(line) for line in lines]}, options.out)
         return 0
     if options.smoke:
         with tempfile.TemporaryDirectory() as work:
@@ -118,7 +119,9 @@ def _run(options: argparse.Namespace, subject: Subject, plan: Plan) -> int:
         finished = not bench.is_late and run(bench, jobs(bench, plan))
     results = report.results_of(bench.records, _header(options, subject, work, plan))
     results["finished"] = finished
-    _write(options.out / "quality.json", results)
+    merges = results["merges"]
+    _write(options.out / "quality.json", {k: v for k, v in results.items() if k != "merges"})
+    (options.out / "merges.jsonl").write_text("".join(json.dumps(one) + "\n" for one in merges))
     (options.out / "quality.md").write_text(report.markdown(results) + "\n")
     report.draw(results, options.out)
     print(

@@ -144,12 +144,13 @@ def syllables() -> Items:
 
 
 def sentiment() -> Items:
-    """The words that VADER's ten judges found clearly good or bad."""
+    """The words that VADER's ten judges found clearly good or bad; a few were judged twice."""
     (folder,) = find_spec("vaderSentiment").submodule_search_locations
-    for line in (Path(folder) / "vader_lexicon.txt").read_text(encoding="utf-8").splitlines():
-        word, mean = line.split("\t")[:2]
-        if word.isascii() and word.isalpha() and word.islower() and abs(float(mean)) >= 1:
-            yield word, "positive" if float(mean) > 0 else "negative"
+    lines = (Path(folder) / "vader_lexicon.txt").read_text(encoding="utf-8").splitlines()
+    means = {word: float(mean) for word, mean, *_ in (line.split("\t") for line in lines)}
+    for word, mean in means.items():
+        if word.isascii() and word.isalpha() and word.islower() and abs(mean) >= 1:
+            yield word, "positive" if mean > 0 else "negative"
 
 
 def parts_of_speech() -> Items:
