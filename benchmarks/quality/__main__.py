@@ -71,6 +71,7 @@ def main() -> int:
         report.draw(results | {"merges": [json.loads(line) for line in lines]}, options.out)
         return 0
     if options.smoke:
+        torch.set_num_threads(1)  # of so little work, threads only wait for each other
         with tempfile.TemporaryDirectory() as work:
             smoke.write_questions(Path(work))
             options.work, options.reserve_s = Path(work), 0

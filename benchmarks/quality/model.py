@@ -195,7 +195,10 @@ class Subject:
             rows = self._tokens([self._chat(prompt) for prompt in prompts[first : first + batch]])
             inputs = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.device)
             output = self.model.generate(
-                **inputs, max_new_tokens=new_tokens, do_sample=False, use_cache=True
+                **inputs,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id,
             )
             said = output[:, inputs["input_ids"].shape[1] :]
             texts += self.tokenizer.batch_decode(said, skip_special_tokens=True)

@@ -15,9 +15,9 @@ from benchmarks.quality.training import Family
 TASKS = ("sentiment", "speech")  # by name only: their questions here are simpler ones
 PLAN = Plan(
     families=(
-        Family("r4-all", (*TASKS, "json", "shout"), 4, 1e-2, 60, 1, batch=8),
-        Family("r2-attention", TASKS, 2, 1e-2, 60, 2, attention=True, batch=8),
-        Family("r2-all", TASKS, 2, 1e-2, 60, 3, batch=8),
+        Family("r4-all", (*TASKS, "json", "shout"), 4, 1e-2, 200, 1, batch=8),
+        Family("r2-attention", TASKS, 2, 1e-2, 200, 2, attention=True, batch=8),
+        Family("r2-all", TASKS, 2, 1e-2, 200, 3, batch=8),
     ),
     sizes=(2,),
     draws={"r4-all": 1, "r2-attention": 1},
@@ -51,8 +51,7 @@ def tiny_subject() -> Subject:
         initializer_range=0.1,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,  # no padding: its embedding would be zero
     )
     return Subject(LlamaForCausalLM(config), tokenizer, torch.device("cpu"))
 
@@ -61,7 +60,7 @@ def write_questions(work: Path) -> None:
     """Lay out questions and the base model's answers as the full benchmark would."""
     asked = {
         TASKS[0]: [(str(n), f"Is {n} even?", "no" if n % 2 else "yes") for n in range(300)],
-        TASKS[1]: [(str(n), f"{n} is below fifty", str(n < 50)) for n in range(300)],
+        TASKS[1]: [(str(n), f"{n} is", "odd" if n % 2 else "even") for n in range(300)],
         GENERAL: [(str(n), f"Say {n}", "") for n in range(300)],
     }
     limit = {split: min(limit, 40) for split, limit in LIMITS.items()}
