@@ -205,7 +205,11 @@ def _one_thing_varied(bench: Bench, plan: Plan) -> Iterator[Job]:
     sets = [names for size in plan.sizes for names in draw(bench, first, size, plan.few)]
     swept = [variant for variant in competitors() if variant.method in (*LEGO, "svd")]
     for names in sets:
-        yield from (_job("ablation", names, variant, first.rank) for variant in ablation())
+        for k in (first.rank, 2 * first.rank):
+            for variant in ablation():
+                # At k = r the output's reweighting is a factor of 1.
+                if k != first.rank or variant.options.get("output_reweighting", True):
+                    yield _job("ablation", names, variant, k)
     for names in sets:
         for k in plan.ranks:
             yield from (_job("k", names, variant, k) for variant in swept)

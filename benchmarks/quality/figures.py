@@ -131,7 +131,7 @@ def tables(records: Records) -> dict[str, list[dict[str, Any]]]:
             ("family", "members", "variant"),
             lambda r: (family_of(r), len(r["members"]), r["variant"]),
         ),
-        "ablation": (("variant",), lambda r: (r["variant"],)),
+        "ablation": (("k", "variant"), lambda r: (r["k"], r["variant"])),
         "k": (("members", "k", "variant"), lambda r: (len(r["members"]), r["k"], r["variant"])),
         "mixed ranks": (("variant",), lambda r: (r["variant"],)),
         "pruning": (("k", "variant"), lambda r: (r["k"], r["variant"])),

@@ -159,7 +159,7 @@ def _by_validation(rows: Sequence[Row]) -> list[str]:
         ["", "validation, as it is", "best", "test, as it is", "best", "best scale", "fidelity"],
         (
             [
-                row["variant"],
+                _label(row),
                 f"{row['validation as it is']:.1%}",
                 f"{row['validation best']:.1%}",
                 _shown(row["as it is"]),
@@ -170,6 +170,10 @@ def _by_validation(rows: Sequence[Row]) -> list[str]:
             for row in sorted(rows, key=lambda row: -row["validation as it is"])
         ),
     )
+
+
+def _label(row: Row) -> str:
+    return f"k {row['k']}, {row['variant']}" if "k" in row else row["variant"]
 
 
 def _sweep(rows: Sequence[Row]) -> list[str]:
@@ -324,7 +328,7 @@ def _ablation(figure: Any, results: Mapping[str, Any]) -> bool:
     axes = figure.subplots()
     for mode, marker in (("as it is", "o"), ("best", "x")):
         axes.plot([100 * row[mode]["value"] for row in rows], range(len(rows)), marker, label=mode)
-    axes.set_yticks(range(len(rows)), [row["variant"] for row in rows], fontsize=7)
+    axes.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=7)
     axes.set_xlabel("kept accuracy on test, %")
     axes.legend(frameon=False)
     return True

@@ -145,8 +145,12 @@ def syllables() -> Items:
 
 def sentiment() -> Items:
     """The words that VADER's ten judges found clearly good or bad; a few were judged twice."""
-    (folder,) = find_spec("vaderSentiment").submodule_search_locations
-    lines = (Path(folder) / "vader_lexicon.txt").read_text(encoding="utf-8").splitlines()
+    found = find_spec("vaderSentiment")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("No module named 'vaderSentiment'")
+    lines = (
+        (Path(found.origin).parent / "vader_lexicon.txt").read_text(encoding="utf-8").splitlines()
+    )
     means = {word: float(mean) for word, mean, *_ in (line.split("\t") for line in lines)}
     for word, mean in means.items():
         if word.isascii() and word.isalpha() and word.islower() and abs(mean) >= 1:

@@ -78,8 +78,6 @@ def items_of(name: str) -> list[tuple[str, str]]:
         return list(TASKS[name].items())
     except ImportError as missing:
         pytest.skip(f"{missing}; it comes with the extra `train`")
-    except TypeError:  # find_spec has found no package
-        pytest.skip("a package of the extra `train` is not installed")
 
 
 @pytest.mark.parametrize("name", TASKS)
