@@ -1,0 +1,1 @@
+"""How much of its adapters' skill a merge keeps, on real tasks."""
