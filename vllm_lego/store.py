@@ -20,11 +20,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
-from safetensors.torch import save as format_safetensors
 
 from lego_core import LegoError, LoraAdapter, LoraModule
+from lego_core.adapter_files import DTYPES, read_tensors
 from lego_core.adapter_save import PREFIX
 from vllm_lego.identity import MERGE_ID
 from vllm_lego.packed import EMBEDDING_HALVES, LINEAR_HALVES, peft_tensors
@@ -36,6 +34,7 @@ _SUFFIX = ".safetensors"
 _UNFINISHED, _BROKEN = ".unfinished", ".broken"
 _FORGOTTEN_AFTER_S = 3600.0
 _MAX_HEADER_BYTES = 64 << 20
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class _NotThisMergeError(Exception):
@@ -72,7 +71,8 @@ class MergeStore:
         path = self._path(recipe.merge_id)
         started = time.perf_counter()
         try:
-            loaded = _parse(self._content(path), recipe)
+            with _opened(path) as file:
+                loaded = _parse(file, self._max_bytes, recipe)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -86,28 +86,23 @@ class MergeStore:
         self._tell("store_seconds", "read", time.perf_counter() - started)
         return loaded
 
-    def _content(self, path: Path) -> bytes:
-        with _opened(path) as file:
-            if os.fstat(file.fileno()).st_size > self._max_bytes:
-                raise _NotThisMergeError(f"it is larger than {self._max_bytes} bytes")
-            return file.read()
-
     def save(self, recipe: Recipe, adapter: LoraAdapter, fidelity: float) -> None:
         """Write a merge, whose tensors lie on the CPU, unless it is there; delete what is too much."""
         path = self._path(recipe.merge_id)
         if os.path.lexists(path):
             return
         started = time.perf_counter()
-        content = _format(recipe, adapter, fidelity)
-        if len(content) > self._max_bytes:
+        parts = _format(recipe, adapter, fidelity)
+        nbytes = sum(map(len, parts))
+        if nbytes > self._max_bytes:
             return
         unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_UNFINISHED}")
         try:
             with self._writing:  # two that make room for one file each would write two into it
                 self._folder.mkdir(parents=True, exist_ok=True)
-                self._make_room(len(content))
+                self._make_room(nbytes)
                 with unfinished.open("xb") as file:
-                    file.write(content)
+                    file.writelines(parts)
                     file.flush()
                     os.fsync(file.fileno())
                 unfinished.replace(path)
@@ -148,8 +143,7 @@ class MergeStore:
         """Read what the head of a file says, if it says all that it should."""
         try:
             with _opened(self._path(identity)) as file:
-                size = int.from_bytes(file.read(8), "little")
-                metadata = _header(file.read(min(size, _MAX_HEADER_BYTES)))
+                metadata = _header(file)
             _recipe_of(metadata)
             float(metadata["lego_fidelity"])
         except (OSError, _NotThisMergeError, ValueError, KeyError):
@@ -220,28 +214,49 @@ def _opened(path: Path) -> BinaryIO:
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
 
 
-def _format(recipe: Recipe, adapter: LoraAdapter, fidelity: float) -> bytes:
-    tensors = peft_tensors(adapter)
-    return format_safetensors(
-        {name: tensor.clone() for name, tensor in tensors.items()},  # views may share a buffer
-        {
+def _format(recipe: Recipe, adapter: LoraAdapter, fidelity: float) -> list[memoryview]:
+    """Return a safetensors file in parts: the header, and the memory of each tensor.
+
+    Not by the library: it forms the bytes of the whole file while no other thread of the process
+    gets to run, the engine's neither.
+    """
+    tensors = {name: tensor.contiguous() for name, tensor in peft_tensors(adapter).items()}
+    header: dict[str, Any] = {
+        "__metadata__": {
             "format": "pt",
             "lego_recipe": recipe.encode(),
             "lego_fidelity": repr(fidelity),
             "lego_sha256": _checksum(tensors, recipe),
-        },
-    )
+        }
+    }
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        dtype = _DTYPE_NAMES[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": [*tensor.shape], "data_offsets": [start, end]}
+    described = json.dumps(header).encode()
+    described += b" " * (-len(described) % 8)  # the data are aligned
+    length = len(described).to_bytes(8, "little")
+    return [memoryview(length + described), *map(_bytes_of, tensors.values())]
 
 
-def _parse(content: bytes, recipe: Recipe) -> tuple[LoraAdapter, float]:
-    metadata = _header(content[8 : 8 + int.from_bytes(content[:8], "little")])
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def _parse(file: BinaryIO, max_bytes: int, recipe: Recipe) -> tuple[LoraAdapter, float]:
+    if os.fstat(file.fileno()).st_size > max_bytes:
+        raise _NotThisMergeError(f"it is larger than {max_bytes} bytes")
+    metadata = _header(file)
     stored = _recipe_of(metadata)
     if (stored.merge_id, stored.content) != (recipe.merge_id, recipe.content):
         raise _NotThisMergeError(f"it holds another merge, {stored.merge_id}")
+    file.seek(0)
     try:
-        tensors = parse_safetensors(content)
+        # Not by the library, which copies the whole file while no other thread gets to run.
+        tensors = read_tensors(file, "its file", recipe.merge_id, _Unhashed(), lambda _: True)
         fidelity = float(metadata["lego_fidelity"])
-    except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (LegoError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise _NotThisMergeError(str(error)) from error
     if _checksum(tensors, stored) != metadata.get("lego_sha256"):
         raise _NotThisMergeError("its checksum is wrong")
@@ -256,7 +271,16 @@ def _parse(content: bytes, recipe: Recipe) -> tuple[LoraAdapter, float]:
     return LoraAdapter(recipe.merge_id, modules), fidelity
 
 
-def _header(header: bytes) -> dict[str, str]:
+class _Unhashed:
+    """Stands for the digest of a whole file, which nobody asks for."""
+
+    def update(self, _: object) -> None:
+        pass
+
+
+def _header(file: BinaryIO) -> dict[str, str]:
+    size = int.from_bytes(file.read(8), "little")
+    header = file.read(min(size, _MAX_HEADER_BYTES))
     try:
         metadata = json.loads(header)["__metadata__"]
         return {str(key): str(value) for key, value in metadata.items()}
@@ -276,7 +300,7 @@ def _checksum(tensors: dict[str, torch.Tensor], recipe: Recipe) -> str:
     sha = hashlib.sha256(recipe.encode().encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        sha.update(_bytes_of(tensor))
     return sha.hexdigest()
 
 
