@@ -78,6 +78,7 @@ def install_worker_patches() -> None:
                 self.device,
                 self.lora_config.lora_dtype,
                 check,
+                partial(_lora_model, self),
                 Settings.from_environment(os.environ),
                 rank=parallel.rank,
                 workers=parallel.world_size,
@@ -87,9 +88,7 @@ def install_worker_patches() -> None:
         def _load_adapter(self, lora_request: Any) -> Any:
             if not lora_request.lora_path.startswith(SCHEME):
                 return super()._load_adapter(lora_request)
-            recipe = Recipe.decode(lora_request.lora_path)
-            adapter = self.lego_staging.take(recipe)
-            return _lora_model(self, adapter, lora_request.lora_int_id)
+            return self.lego_staging.take(Recipe.decode(lora_request.lora_path))
 
     # Set on the class, so that a second call finds it.
     LegoWorkerLoRAManager.lego_staging = None  # type: ignore[assignment]
@@ -191,8 +190,8 @@ def _fill_slots_at_once(manager: Any) -> None:
 def _lora_model(manager: Any, adapter: LoraAdapter, lora_int_id: int) -> Any:
     """Wrap staged tensors for vLLM without copying them.
 
-    vLLM's `add_adapter` repacks the dictionary, which is fresh, and scales lora_B in place
-    unless the scaling is 1, which a merge's is.
+    vLLM's `add_adapter` repacks the result, which is therefore good for one of its calls, and
+    scales lora_B in place unless the scaling is 1, which a merge's is. Threads may call this.
     """
     from vllm.lora.peft_helper import PEFTHelper
 

@@ -39,14 +39,15 @@ class SlotWrites:
     @contextmanager
     def noted(self) -> Iterator[None]:
         """Collect what is written while the context is open, and write it at its end."""
+        # Not by setattr, which for a PyTorch module looks for parameters: 2 ms for an 8B model.
         for layer, name, _, noted in self._slots:
-            setattr(layer, name, noted)
+            vars(layer)[name] = noted
         try:
             yield
             self.write()
         finally:
             for layer, name, stock, _ in self._slots:
-                setattr(layer, name, stock)
+                vars(layer)[name] = stock
             self._forget()
 
     def zero(self, slot: torch.Tensor) -> None:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from lego_core import LegoError, LoraAdapter, merge_adapters
 from vllm_lego.identity import engine_id
@@ -29,6 +31,9 @@ from vllm_lego.tiers import Tiers
 logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
 
 _NICENESS = 10
+_GIL_INTERVAL_S = 0.0005
+"""How long a thread keeps Python's lock from another. At Python's 5 ms the engine's loop, which asks for
+the lock several times a step, waits longer for a staging thread than for the model."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +42,7 @@ class StagedMerge:
 
     Attributes:
         packed: its tensors.
+        prepared: what `take` returns, until it does.
         tier: where it came from: `host`, `disk`, or `merge` when it was made.
         fidelity: cosine to the exact weighted sum.
         fingerprint: equal on all workers that hold the same merge; empty when there is but one.
@@ -44,6 +50,7 @@ class StagedMerge:
     """
 
     packed: PackedAdapter
+    prepared: list[Any]
     tier: str
     fidelity: float
     fingerprint: str
@@ -73,6 +80,9 @@ class StagingArea:
         device: where to merge and keep the result.
         dtype: of the result, the engine's LoRA dtype.
         check: raises a `LegoError` for a member that does not fit the base model.
+        prepare: turns a merge and its id in vLLM into what `take` returns. Called by the staging
+            threads, that the loop need not; called again for each further `take`, because vLLM
+            changes what it is given.
         settings: threads and budgets.
         rank: of this worker in its engine; rank 0 writes to the store.
         workers: of the engine; with more than one, merges have fingerprints.
@@ -83,12 +93,14 @@ class StagingArea:
         device: torch.device,
         dtype: torch.dtype,
         check: Callable[[LoraAdapter], None],
+        prepare: Callable[[LoraAdapter, int], Any],
         settings: Settings,
         *,
         rank: int = 0,
         workers: int = 1,
     ) -> None:
         self._device = device
+        self._prepare = prepare
         self._dtype = dtype
         self._workers = workers
         self._merges: dict[str, _Staging] = {}
@@ -96,6 +108,7 @@ class StagingArea:
         self._account = self.tiers.account()
         self._jobs: list[_Job] = []
         self._local = threading.local()
+        sys.setswitchinterval(_GIL_INTERVAL_S)
         self._threads = ThreadPoolExecutor(
             max_workers=settings.merge_threads,
             thread_name_prefix="lego-staging",
@@ -187,8 +200,8 @@ class StagingArea:
         self._account = self._account | {"host": self.tiers.host_account()}
         return merge_id in self._merges
 
-    def take(self, recipe: Recipe) -> LoraAdapter:
-        """Return a staged merge, for vLLM to copy into a slot.
+    def take(self, recipe: Recipe) -> Any:
+        """Return a staged merge, prepared for vLLM to copy into a slot.
 
         The front end dispatches nothing that is not staged. Should it be gone all the same, it
         is made again here, while the loop waits: late, but right.
@@ -198,14 +211,14 @@ class StagingArea:
         """
         staging = self._merges.get(recipe.merge_id)
         if staging is not None:  # unfinished, it is sooner waited for than made once more
-            packed = staging.future.result().packed
+            merge = staging.future.result()
         else:
             logger.warning("%s was not staged; the engine waits until it is", recipe.merge_id)
-            packed = self._make(recipe, time.perf_counter()).packed
+            merge = self._make(recipe, time.perf_counter())
         if self._device.type == "cuda":
             # Made on a staging stream: not to be reused before this stream has copied it.
-            packed.buffer.record_stream(torch.cuda.current_stream(self._device))
-        return packed.unpack()
+            merge.packed.buffer.record_stream(torch.cuda.current_stream(self._device))
+        return merge.prepared.pop() if merge.prepared else self._prepared(recipe, merge.packed)
 
     def _fulfil(self, recipe: Recipe, future: Future[StagedMerge], queued_at: float) -> None:
         """Make one merge in a staging thread, hand it over, then keep it for later."""
@@ -219,7 +232,7 @@ class StagingArea:
         future.set_result(merge)
         if merge.tier == "merge":
             try:
-                with torch.inference_mode(), self._side_stream():
+                with torch.inference_mode(), self._side_stream(), self._range("lego.keep"):
                     self.tiers.keep(recipe, merge.packed, merge.fidelity)
             except Exception:  # no host memory, for one: the merge itself is served
                 logger.exception("%s could not be kept in host memory", recipe.merge_id)
@@ -229,7 +242,8 @@ class StagingArea:
     def _make(self, recipe: Recipe, queued_at: float) -> StagedMerge:
         started = time.perf_counter()
         with torch.inference_mode(), self._side_stream():
-            found = self.tiers.find(recipe)
+            with self._range("lego.find"):
+                found = self.tiers.find(recipe)
             if found is not None:
                 packed, fidelity, tier = found
                 loaded = merged = time.perf_counter()
@@ -240,8 +254,13 @@ class StagingArea:
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()
         self.tiers.spare_device(self._staged_bytes() + packed.nbytes)
+        prepared = [self._prepared(recipe, packed)]
         seconds = {"queue": started - queued_at, "load": loaded - started, "merge": merged - loaded}
-        return StagedMerge(packed, tier, fidelity, fingerprint, seconds)
+        return StagedMerge(packed, prepared, tier, fidelity, fingerprint, seconds)
+
+    def _prepared(self, recipe: Recipe, packed: PackedAdapter) -> Any:
+        with self._range("lego.prepare"):
+            return self._prepare(packed.unpack(), engine_id(recipe.merge_id))
 
     def _merge_in_what_memory_there_is(self, recipe: Recipe) -> tuple[PackedAdapter, float, float]:
         with suppress(torch.OutOfMemoryError):
@@ -253,24 +272,35 @@ class StagingArea:
 
     def _merge(self, recipe: Recipe) -> tuple[PackedAdapter, float, float]:
         """Merge a recipe's members. Returns the merge, its fidelity, and when they were loaded."""
-        members = [self.tiers.member(member) for member in recipe.members]
+        with self._range("lego.load"):
+            members = [self.tiers.member(member) for member in recipe.members]
         loaded = time.perf_counter()
-        adapter, report = merge_adapters(
-            members,
-            recipe.config,
-            weights=[member.weight for member in recipe.members],
-            device=self._device,
-            dtype=self._dtype,
-            name=recipe.merge_id,
-            report=True,
-        )
-        return PackedAdapter.pack(adapter), report.fidelity, loaded
+        with self._range("lego.merge"):
+            adapter, report = merge_adapters(
+                members,
+                recipe.config,
+                weights=[member.weight for member in recipe.members],
+                device=self._device,
+                dtype=self._dtype,
+                name=recipe.merge_id,
+                report=True,
+            )
+            return PackedAdapter.pack(adapter), report.fidelity, loaded
 
     def _staged_bytes(self) -> int:
         """Bytes of finished merges on the device, as seen from any thread."""
         futures = [staging.future for staging in list(self._merges.values())]
         done = [f for f in futures if f.done() and not f.cancelled() and f.exception() is None]
         return sum(future.result().packed.nbytes for future in done)
+
+    @contextmanager
+    def _range(self, name: str) -> Iterator[None]:
+        """Name what a thread does to PyTorch's profiler, and on CUDA to Nsight's."""
+        with ExitStack() as stack:
+            stack.enter_context(record_function(name))
+            if self._device.type == "cuda":
+                stack.enter_context(torch.cuda.nvtx.range(name))
+            yield
 
     def _side_stream(self) -> AbstractContextManager[Any]:
         """On CUDA, a stream of the thread's own: the model's kernels do not queue behind it.

@@ -67,6 +67,7 @@ def main() -> int:
     parser.add_argument("--sets", type=int, default=1000, help="in S6")
     parser.add_argument("--requests", type=int, default=2000, help="in S6")
     parser.add_argument("--limit-s", type=float, default=1500, help="start nothing after this time")
+    parser.add_argument("--gpus", nargs=2, help="one for each server; by default they share one")
     parser.add_argument("--server-args", default="", help="more arguments of both `vllm serve`")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--smoke", action="store_true", help="a short run that proves it works")
@@ -139,7 +140,9 @@ async def _compare(run: Run, wanted: Sequence[str]) -> None:
     }
     if not torch.cuda.is_available():
         budgets["host"] += budgets["device"]  # it is the same memory
-    with peers.running(run.model, natives, adapters, settings, run.arguments) as both:
+    with peers.running(
+        run.model, natives, adapters, settings, run.arguments, run.options.gpus
+    ) as both:
         async with Comparison(run.options, run.figures, both, adapters, budgets) as comparison:
             await comparison.warm_up()
             for _ in range(rounds):
@@ -164,7 +167,7 @@ async def _popularity(run: Run) -> None:
     order = draws.choices(range(options.sets), popular, k=options.requests)
     sets = [{"adapters": draws.sample(list(adapters), 3)} for _ in range(options.sets)]
     streams, tokens = min(64, max(options.streams)), options.tokens
-    with peers.running(run.model, natives, adapters, settings, arguments) as both:
+    with peers.running(run.model, natives, adapters, settings, arguments, options.gpus) as both:
         lego, stock = [
             await traffic.serve(
                 server.url,

@@ -1,7 +1,7 @@
 """The two servers that are compared: vLLM with the plugin, and stock vLLM.
 
-Both run at once, on one device, and are asked in turn: whatever changes there meets both. The one
-that is not asked computes nothing.
+Both run at once, on one device or one each, and are asked in turn: whatever changes there meets both.
+The one that is not asked computes nothing.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def running(
     adapters: Mapping[str, Path],
     settings: Mapping[str, str],
     arguments: Sequence[str],
+    gpus: Sequence[str] | None,
 ) -> Iterator[Peers]:
     """Start both, and stop them in the end.
 
@@ -46,6 +47,7 @@ def running(
         adapters: what the plugin may merge, all of it in one folder; it loads none at its start.
         settings: the plugin's, `VLLM_LEGO_…`.
         arguments: of both.
+        gpus: one for each, the plugin's first; None to share what there is.
     """
     both = [
         str(model),
@@ -53,18 +55,23 @@ def running(
         "--dtype=bfloat16",
         "--max-model-len=8192",
         "--enable-lora",
-        *_of_the_device(),
+        *_of_the_device(shared=gpus is None),
         *arguments,
     ]
     named = ["--lora-modules", *(f"{name}={path}" for name, path in natives.items())]
     (folder,) = {path.parent for path in adapters.values()}
+    for_lego, for_stock = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] if gpus else ({}, {})
     lego = ServerProcess(
         both,
-        server_environment("lego") | {"VLLM_LEGO_ADAPTER_DIR": str(folder)} | dict(settings),
+        server_environment("lego")
+        | {"VLLM_LEGO_ADAPTER_DIR": str(folder)}
+        | dict(settings)
+        | for_lego,
         progress=print,
     )
     stock = ServerProcess(
-        [*both, *named], server_environment("") | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+        [*both, *named],
+        server_environment("") | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} | for_stock,
     )
     with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
         for started in [pool.submit(stack.enter_context, server) for server in (lego, stock)]:
@@ -72,11 +79,12 @@ def running(
         yield Peers(lego, stock)
 
 
-def device_bytes() -> int | None:
-    """Return the memory in use on the GPU, by everybody; None where there is none."""
+def device_bytes(gpu: str = "0") -> int | None:
+    """Return the memory in use on a GPU, by everybody; None where there is none."""
     if not torch.cuda.is_available():
         return None
-    command = shlex.split("nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits")
+    command = shlex.split(f"nvidia-smi --id={gpu} --query-gpu=memory.used")
+    command += ["--format=csv,noheader,nounits"]
     used = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return int(used.split()[0]) << 20
 
@@ -87,8 +95,10 @@ def resident_bytes(server: ServerProcess) -> int:
     return sum(p.memory_info().rss for p in [processes, *processes.children(recursive=True)])
 
 
-def _of_the_device() -> list[str]:
+def _of_the_device(*, shared: bool) -> list[str]:
     if not torch.cuda.is_available():
         return ["--enforce-eager"]
+    if not shared:
+        return []
     # Given, not measured: each would take the other's memory for its own.
     return ["--gpu-memory-utilization=0.3", f"--kv-cache-memory-bytes={12 << 30}"]

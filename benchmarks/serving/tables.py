@@ -243,7 +243,7 @@ class Comparison:
         return float(value)
 
     def _taken(self) -> dict[str, int]:
-        device = device_bytes()
+        device = device_bytes((self._options.gpus or ["0"])[0])
         host = {"host": resident_bytes(self._both.lego)}
         return host if device is None else {**host, "device": device}
 

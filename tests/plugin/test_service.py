@@ -59,7 +59,9 @@ class PlayedVllm:
         **parallel: int,
     ) -> None:
         self.registered: dict[int, str] = {}
-        self.staging = StagingArea(torch.device("cpu"), torch.float32, check, settings)
+        self.staging = StagingArea(
+            torch.device("cpu"), torch.float32, check, lambda adapter, _: adapter, settings
+        )
         manager = SimpleNamespace(
             lego_staging=self.staging, remove_adapter=lambda i: self.registered.pop(i, None)
         )

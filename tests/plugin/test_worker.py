@@ -57,7 +57,12 @@ def recipe_of(folders: dict[str, Path], identity: str = "lego-0000000000000001")
 def area(check: Any = lambda adapter: None, workers: int = 1, **settings: Any) -> StagingArea:
     settings = {"host_cache_bytes": 0} | settings
     return StagingArea(
-        torch.device("cpu"), torch.float32, check, Settings(**settings), workers=workers
+        torch.device("cpu"),
+        torch.float32,
+        check,
+        lambda adapter, _: adapter,
+        Settings(**settings),
+        workers=workers,
     )
 
 
