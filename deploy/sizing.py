@@ -93,11 +93,6 @@ class Model:
         return (members + 1) * self.adapter(rank, targets) + workspace
 
 
-def pinned(nbytes: int) -> int:
-    """Return the host memory that PyTorch takes for a pinned block: the next power of two."""
-    return 1 << (nbytes - 1).bit_length()
-
-
 def table(model: Model, given: argparse.Namespace) -> list[tuple[str, str]]:
     """Return everything that is worth knowing, as names and values.
 
@@ -123,7 +118,6 @@ def table(model: Model, given: argparse.Namespace) -> list[tuple[str, str]]:
     device, host = given.device_cache_bytes, given.host_cache_bytes
     return [
         ("an adapter, and a merge", _shown(adapter)),
-        ("the same, pinned in host memory", _shown(pinned(adapter))),
         ("on each GPU", _shown(gpu)),
         ("  base model", _shown(weights)),
         (f"  {given.max_loras} slots", _shown(slots)),
@@ -133,12 +127,9 @@ def table(model: Model, given: argparse.Namespace) -> list[tuple[str, str]]:
         (f"  {given.merge_threads} merges being made, at most", _shown(merging)),
         ("  nobody's", _shown(gpu - inside - outside)),
         ("highest --gpu-memory-utilization", f"{highest}"),
-        ("host memory, for each GPU", _shown(host)),
-        ("  adapters and merges in it", f"{host // pinned(adapter):,}"),
-        (
-            f"  for all {given.adapters} adapters, no merge",
-            _shown(given.adapters * pinned(adapter)),
-        ),
+        ("host memory, pinned, for each GPU", _shown(host)),
+        ("  adapters and merges in it", f"{host // adapter:,}"),
+        (f"  for all {given.adapters} adapters, no merge", _shown(given.adapters * adapter)),
         ("store", f"{_shown(given.store_bytes)}: {given.store_bytes // adapter:,} merges"),
         (f"{given.adapters} adapters on disk", _shown(given.adapters * adapter)),
     ]

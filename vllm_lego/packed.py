@@ -53,12 +53,6 @@ class PackedAdapter:
         """Size of the buffer in bytes."""
         return self.buffer.nbytes
 
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of host memory that it takes: PyTorch rounds pinned blocks up to powers of two."""
-        pinned = self.buffer.is_pinned()
-        return 1 << (self.nbytes - 1).bit_length() if pinned else self.nbytes
-
     @classmethod
     def pack(cls, adapter: LoraAdapter) -> PackedAdapter:
         """Bring an adapter's tensors into one buffer where they lie; a merge's already are in one."""
@@ -105,22 +99,20 @@ class PackedAdapter:
     def on(self, device: torch.device) -> PackedAdapter:
         """Return it on a device; on its own device, itself.
 
-        To CUDA the copy is queued on the current stream, from pinned memory without waiting.
+        Waits for the copy, on the current stream: this one may go then, and its memory be used
+        for something else.
         """
         if self.buffer.device.type == device.type:
             return self
-        return replace(self, buffer=self.buffer.to(device, non_blocking=True))
+        return replace(self, buffer=self.buffer.to(device))
 
-    def in_host_memory(self) -> PackedAdapter:
-        """Return it in host memory, pinned if there is CUDA to copy it to. Waits for the copy."""
-        pin = torch.cuda.is_available()
-        if self.buffer.device.type == "cpu" and self.buffer.is_pinned() >= pin:
-            return self
-        host = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=pin)
-        host.copy_(self.buffer, non_blocking=True)
-        if self.buffer.device.type == "cuda":
-            torch.cuda.current_stream(self.buffer.device).synchronize()
-        return replace(self, buffer=host)
+    def in_host_memory(self, block: torch.Tensor | None = None) -> PackedAdapter:
+        """Return it in a block of host memory; without one, where it lies if that is on the host.
+
+        Waits for the copy.
+        """
+        buffer = self.buffer.cpu() if block is None else block.copy_(self.buffer)
+        return self if buffer is self.buffer else replace(self, buffer=buffer)
 
     def fingerprint(self) -> str:
         """Return 16 hex digits that any change of one 32-bit word changes; no cryptography.

@@ -108,8 +108,8 @@ class Settings:
     )
     host_cache_bytes: int = _setting(
         2 << 30,
-        "bytes of host memory, pinned where there is CUDA, in which each worker keeps members and "
-        "merges; the least recently used are dropped",
+        "bytes of host memory in which each worker keeps members and merges; the least recently "
+        "used are dropped. With CUDA all of it is reserved and pinned at the start",
         low=0,
         kind=size,
     )

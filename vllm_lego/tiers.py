@@ -18,6 +18,7 @@ import torch
 from cachetools import Cache, LRUCache
 
 from lego_core import LoraAdapter, load_adapter
+from vllm_lego.host_memory import HostMemory
 from vllm_lego.packed import PackedAdapter
 from vllm_lego.recipe import Member, Recipe
 from vllm_lego.settings import Settings
@@ -36,9 +37,9 @@ class KeptMerge:
     last_used: float = field(default_factory=time.monotonic)
 
     @property
-    def host_bytes(self) -> int:
-        """Host memory that it takes, in bytes."""
-        return self.packed.host_bytes
+    def nbytes(self) -> int:
+        """Size of the merge in bytes."""
+        return self.packed.nbytes
 
 
 class Tiers:
@@ -48,6 +49,8 @@ class Tiers:
         device: of the worker.
         check: raises a `LegoError` for a member that does not fit the base model.
         settings: the budgets.
+        memory: what is kept in host memory is copied into it; as large as that budget. Without it,
+            a copy has memory of its own, and what lies on the host already is not copied.
         writes: whether this worker writes to the store; one of an engine is enough.
     """
 
@@ -56,12 +59,14 @@ class Tiers:
         device: torch.device,
         check: Callable[[LoraAdapter], None],
         settings: Settings,
+        memory: HostMemory | None = None,
         *,
         writes: bool,
     ) -> None:
         self._device = device
         self._check = check
         self._device_bytes = settings.device_cache_bytes
+        self._memory = memory
         self._writes = writes
         self._lock = threading.Lock()
         self._events: deque[tuple[str, str, float]] = deque(maxlen=_EVENTS)
@@ -90,11 +95,9 @@ class Tiers:
             if not isinstance(kept, PackedAdapter):
                 adapter = load_adapter(Path(member.path), name=member.name, digest=member.digest)
                 self._check(adapter)
-                kept = PackedAdapter.pack(adapter).in_host_memory()
-                self._keep_in_host_memory(member.digest, kept)
+                loaded = PackedAdapter.pack(adapter)
+                kept = self._keep_in_host_memory(member.digest, loaded) or loaded
             packed = kept.on(self._device)
-            if self._device.type == "cuda":  # others will use it on streams of theirs
-                torch.cuda.current_stream(self._device).synchronize()
             with self._lock:
                 if packed is not kept and packed.nbytes <= self._on_device.maxsize:
                     self._on_device[member.digest] = packed
@@ -131,18 +134,16 @@ class Tiers:
             return None
         adapter, fidelity = stored
         self._check(adapter)  # the folder may be shared with servers of another base model
-        packed = PackedAdapter.pack(adapter).in_host_memory()
-        self._keep_in_host_memory(recipe.merge_id, KeptMerge(packed, recipe.encode(), fidelity))
+        loaded = PackedAdapter.pack(adapter)
+        packed = self._keep_in_host_memory(recipe.merge_id, loaded, (recipe, fidelity)) or loaded
         return packed.on(self._device), fidelity, "disk"
 
     def keep(self, recipe: Recipe, packed: PackedAdapter, fidelity: float) -> None:
         """Keep a merge that was just made in host memory and in the store."""
-        if packed.host_bytes > self._host.maxsize and not (self._store and self._writes):
-            return
-        kept = KeptMerge(packed.in_host_memory(), recipe.encode(), fidelity)
-        self._keep_in_host_memory(recipe.merge_id, kept)
+        on_host = self._keep_in_host_memory(recipe.merge_id, packed, (recipe, fidelity))
         if self._store is not None and self._writes:
-            self._store.save(recipe, kept.packed.unpack(), fidelity)
+            on_host = on_host or packed.in_host_memory()
+            self._store.save(recipe, on_host.unpack(), fidelity)
 
     def forget(self, merge_id: str) -> None:
         """Drop a merge from host memory. The store is the front end's to clear."""
@@ -162,7 +163,7 @@ class Tiers:
 
     def host_account(self) -> tuple[int, int]:
         """Return entries and bytes of merges in host memory."""
-        sizes = [merge.host_bytes for merge in self.in_host_memory()]
+        sizes = [merge.nbytes for merge in self.in_host_memory()]
         return len(sizes), sum(sizes)
 
     def events(self) -> list[tuple[str, str, float]]:
@@ -180,10 +181,27 @@ class Tiers:
         """Note an event for the metrics, see `events`."""
         self._events.append((kind, label, seconds))
 
-    def _keep_in_host_memory(self, key: str, kept: PackedAdapter | KeptMerge) -> None:
+    def _keep_in_host_memory(
+        self, key: str, packed: PackedAdapter, made: tuple[Recipe, float] | None = None
+    ) -> PackedAdapter | None:
+        """Keep a member, or a merge with how it was made and its fidelity, and return it there.
+
+        None if there is no room: it is too large, or what was dropped for it is still in use.
+        """
+        block = None
         with self._lock:
-            if kept.host_bytes <= self._host.maxsize:
-                self._host[key] = kept
+            if packed.nbytes > self._host.maxsize:
+                return None
+            if self._memory is not None:
+                while (block := self._memory.allocate(packed.nbytes)) is None:
+                    if not self._host:
+                        return None
+                    self._host.popitem()
+        on_host = packed.in_host_memory(block)
+        kept = KeptMerge(on_host, made[0].encode(), made[1]) if made else on_host
+        with self._lock:
+            self._host[key] = kept
+        return on_host
 
     def _evicted(self, kept: PackedAdapter | KeptMerge) -> None:
         if isinstance(kept, KeptMerge):
@@ -196,7 +214,7 @@ class _Noticing(LRUCache[str, PackedAdapter | KeptMerge]):
     def __init__(
         self, max_bytes: int, on_eviction: Callable[[PackedAdapter | KeptMerge], None]
     ) -> None:
-        super().__init__(max_bytes, getsizeof=lambda kept: kept.host_bytes)
+        super().__init__(max_bytes, getsizeof=lambda kept: kept.nbytes)
         self._on_eviction = on_eviction
 
     def peek(self, key: str) -> PackedAdapter | KeptMerge:

@@ -22,6 +22,7 @@ import torch
 from torch.profiler import record_function
 
 from lego_core import LegoError, LoraAdapter, merge_adapters
+from vllm_lego.host_memory import HostMemory
 from vllm_lego.identity import engine_id
 from vllm_lego.packed import PackedAdapter
 from vllm_lego.recipe import Recipe
@@ -104,7 +105,9 @@ class StagingArea:
         self._dtype = dtype
         self._workers = workers
         self._merges: dict[str, _Staging] = {}
-        self.tiers = Tiers(device, check, settings, writes=rank == 0)
+        pinned = device.type == "cuda"  # on a CPU, host memory is where merges are made
+        memory = HostMemory(settings.host_cache_bytes, pin=True) if pinned else None
+        self.tiers = Tiers(device, check, settings, memory, writes=rank == 0)
         self._account = self.tiers.account()
         self._jobs: list[_Job] = []
         self._local = threading.local()

@@ -1,0 +1,181 @@
+"""What a worker keeps in one range of host memory: within the budget, and never under a reader."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lego_core import LoraAdapter, LoraModule, MergeConfig, load_adapter, save_adapter
+from vllm_lego.host_memory import ALIGNMENT, HostMemory
+from vllm_lego.packed import PackedAdapter
+from vllm_lego.recipe import Member, Recipe
+from vllm_lego.settings import Settings
+from vllm_lego.tiers import Tiers
+
+ENTRY = 2 * ALIGNMENT  # bytes of each adapter here
+
+Make = Callable[..., Tiers]
+
+
+def adapter(number: int, entries: int = 1) -> LoraAdapter:
+    """An adapter of `entries` times `ENTRY` bytes, all of one value."""
+    width = entries * ENTRY // 8
+    module = LoraModule(
+        torch.full((1, width), float(number)), torch.full((width, 1), float(number))
+    )
+    return LoraAdapter(f"{number}", {"layer": module})
+
+
+def recipe(number: int) -> Recipe:
+    members = (Member("a", "/a", "digest", 1.0),)
+    return Recipe(f"lego-{number:016x}", members, MergeConfig(rank=1))
+
+
+def keep(tiers: Tiers, number: int, entries: int = 1) -> None:
+    tiers.keep(recipe(number), PackedAdapter.pack(adapter(number, entries)), 1.0)
+
+
+def kept(tiers: Tiers) -> list[int]:
+    merges = (Recipe.decode(merge.recipe).merge_id for merge in tiers.in_host_memory())
+    return sorted(int(merge_id.removeprefix("lego-"), 16) for merge_id in merges)
+
+
+def holds(found: LoraAdapter, number: int) -> bool:
+    module = found.modules["layer"]
+    return bool((module.lora_a == number).all() and (module.lora_b == number).all())
+
+
+@pytest.fixture
+def make() -> Make:
+    """Tiers on the CPU that use one range of host memory all the same."""
+
+    def tiers(entries: int, **settings: object) -> Tiers:
+        budget = Settings(host_cache_bytes=entries * ENTRY, **settings)
+        memory = HostMemory(budget.host_cache_bytes, pin=False)
+        device = torch.device("cpu")
+        return Tiers(device, lambda _: None, budget, memory, writes=True)
+
+    return tiers
+
+
+@pytest.fixture
+def members(tmp_path: Path) -> list[Member]:
+    found = []
+    for number in range(1, 7):
+        save_adapter(adapter(number), folder := tmp_path / f"{number}")
+        found.append(Member(f"{number}", str(folder), load_adapter(folder).digest, 1.0))
+    return found
+
+
+def test_what_is_kept_is_copied_into_that_memory(make):
+    tiers = make(3)
+    source = PackedAdapter.pack(adapter(1))
+    tiers.keep(recipe(1), source, 0.5)
+    source.buffer.zero_()
+    packed, fidelity, tier = tiers.find(recipe(1))
+    assert (fidelity, tier) == (0.5, "host")
+    assert holds(packed.unpack(), 1)
+    assert tiers.host_account() == (1, ENTRY)
+    assert tiers._memory.free_ranges() == [(ENTRY, 3 * ENTRY)]
+
+
+def test_members_and_merges_share_it_and_the_least_recently_used_goes(make, members):
+    tiers = make(3)
+    tiers.member(members[0])
+    for number in (11, 12):
+        keep(tiers, number)
+    tiers.member(members[0])
+    keep(tiers, 13)
+    assert kept(tiers) == [12, 13]
+    assert [event[:2] for event in tiers.events()] == [("evictions", "host")]
+    Path(members[0].path, "adapter_model.safetensors").unlink()
+    assert holds(tiers.member(members[0]), 1)
+
+
+def test_entries_go_until_there_is_room_in_one_piece(make):
+    tiers = make(4)
+    for number in (1, 2, 3, 4):
+        keep(tiers, number)
+    tiers.forget(recipe(3).merge_id)
+    keep(tiers, 5, entries=2)  # 3 is free, its neighbour 2 is the second to go
+    assert kept(tiers) == [4, 5]
+    assert tiers.host_account() == (2, 3 * ENTRY)
+
+
+def test_nothing_goes_for_what_is_larger_than_the_budget(make):
+    tiers = make(2)
+    keep(tiers, 1)
+    keep(tiers, 2, entries=3)
+    assert kept(tiers) == [1]
+
+
+def test_what_somebody_reads_is_not_written_over(make):
+    tiers = make(2)
+    keep(tiers, 1)
+    reader = tiers.find(recipe(1))[0].unpack()  # views alone
+    for number in range(2, 6):
+        keep(tiers, number)
+    assert kept(tiers) == [5], "the reader has half of the memory"
+    assert holds(reader, 1)
+    del reader
+    keep(tiers, 6)
+    assert kept(tiers) == [5, 6]
+
+
+def test_what_finds_no_room_is_served_and_written_but_not_kept(make, members, tmp_path):
+    tiers = make(1, store_dir=str(tmp_path / "store"))
+    reader = tiers.member(members[0])
+    assert holds(tiers.member(members[1]), 2)
+    keep(tiers, 7)
+    assert kept(tiers) == []
+    packed, _, tier = tiers.find(recipe(7))
+    assert tier == "disk"
+    assert holds(packed.unpack(), 7)
+    assert kept(tiers) == []
+    assert holds(reader, 1)
+    del reader
+    tiers.find(recipe(7))
+    assert kept(tiers) == [7]
+
+
+def test_without_a_budget_nothing_is_kept(make, members):
+    tiers = make(0)
+    keep(tiers, 7)
+    assert holds(tiers.member(members[0]), 1)
+    assert tiers.find(recipe(7)) is None
+
+
+def test_threads_that_read_keep_and_drop_see_only_what_they_asked_for(make, members):
+    tiers = make(4)
+    wrong: list[object] = []
+
+    def work(seed: int) -> None:
+        draws = torch.Generator().manual_seed(seed)
+        try:
+            for _ in range(150):
+                number, kind = (int(torch.randint(6, (), generator=draws)) for _ in range(2))
+                number += 1
+                if kind < 2:
+                    read = tiers.member(members[number - 1])
+                elif (found := tiers.find(recipe(number))) is not None:
+                    read = found[0].unpack()
+                else:
+                    keep(tiers, number)
+                    continue
+                if not holds(read, number):
+                    wrong.append((number, read))
+        except BaseException as error:
+            wrong.append(error)
+            raise
+
+    threads = [threading.Thread(target=work, args=[seed]) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert sum(kept.nbytes for kept in tiers._host.values()) <= 4 * ENTRY
