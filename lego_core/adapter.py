@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 
@@ -199,6 +199,26 @@ class LoraAdapter:
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether all entries are: one pass and no temporary, as bounds are NaN where any entry is."""
     return all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor))
+
+
+def are_finite(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether all entries of all tensors are, in one pass if they share their memory and a dtype."""
+    memory = shared_memory(tensors) if len({tensor.dtype for tensor in tensors}) == 1 else None
+    if memory is None:
+        return all(is_finite(tensor) for tensor in tensors if tensor.numel())
+    return memory.numel() == 0 or is_finite(memory.view(tensors[0].dtype))
+
+
+def shared_memory(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Return the memory that contiguous tensors share, shape [bytes], uint8, if it holds no more."""
+    storage = tensors[0].untyped_storage()
+    shared = all(
+        tensor.is_contiguous() and tensor.untyped_storage().data_ptr() == storage.data_ptr()
+        for tensor in tensors
+    )
+    if not shared or storage.nbytes() > sum(tensor.nbytes for tensor in tensors):
+        return None
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def content_digest(adapter: LoraAdapter) -> str:

@@ -1,8 +1,8 @@
 """The files of an adapter folder: opened with care, read once, never mapped into memory.
 
 A mapped file that somebody truncates kills the process with SIGBUS, and the engine reads these
-files while it serves. So they are read, straight into the tensors' own memory: loading needs the
-size of the tensors that are kept, the header (at most `MAX_HEADER_BYTES`) and one block.
+files while it serves. So they are read, straight into the tensors' memory: loading needs the size
+of the tensors that are kept, the header (at most `MAX_HEADER_BYTES`) and one block.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
 from lego_core.adapter_config import parse_json_object, shown
@@ -195,19 +197,32 @@ def read_tensors(
     needed, there = sum(e.nbytes for e in entries if e.key in keep), _memory_bytes()
     if there is not None and needed > there:
         raise _unreadable(name, file, f"it needs {needed} bytes of memory, {there} are available")
-    tensors: dict[str, torch.Tensor] = {}
-    for entry in entries:
-        if entry.key not in keep:
-            complete = drain(content, entry.nbytes, sha) == entry.nbytes
+    # In few and large reads: between any two, another thread may take Python's lock.
+    memory = np.empty(needed, np.uint8)
+    filled = 0
+    for kept, run in groupby(entries, key=lambda entry: entry.key in keep):
+        nbytes = sum(entry.nbytes for entry in run)
+        if kept:
+            part = memory[filled : filled + nbytes].data
+            complete = _fill(content, part)
+            sha.update(part)
+            filled += nbytes
         else:
-            buffer = bytearray(entry.nbytes)
-            complete = _fill(content, buffer)
-            sha.update(buffer)
-            dtype = DTYPES[entry.dtype]
-            flat = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
-            tensors[entry.key] = flat.view(entry.shape)
+            complete = drain(content, nbytes, sha) == nbytes
         if not complete:
             raise _unreadable(name, file, "it became shorter while it was read")
+    return _cut(torch.from_numpy(memory), [entry for entry in entries if entry.key in keep])
+
+
+def _cut(memory: torch.Tensor, entries: Sequence[TensorEntry]) -> dict[str, torch.Tensor]:
+    """Return the tensors that follow each other in a memory, as views where they are aligned."""
+    tensors: dict[str, torch.Tensor] = {}
+    start = 0
+    for entry in entries:
+        part, dtype = memory[start : start + entry.nbytes], DTYPES[entry.dtype]
+        part = part if start % dtype.itemsize == 0 else part.clone()
+        tensors[entry.key] = part.view(dtype).view(entry.shape)
+        start += entry.nbytes
     return tensors
 
 
@@ -264,7 +279,7 @@ def _is_sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
-def _fill(content: BinaryIO, buffer: bytearray) -> bool:
+def _fill(content: BinaryIO, buffer: bytearray | memoryview) -> bool:
     """Read until the buffer is full; False if the file ends before."""
     view, filled = memoryview(buffer), 0
     while filled < len(buffer):

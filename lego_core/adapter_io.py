@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lego_core.adapter import LoraAdapter, LoraModule, is_finite
+from lego_core.adapter import LoraAdapter, LoraModule, are_finite, is_finite
 from lego_core.adapter_config import CONFIG_FILE, AdapterConfig, parse_config
 from lego_core.adapter_files import (
     DTYPES,
@@ -65,7 +65,7 @@ def load_adapter(
 ) -> LoraAdapter:
     """Read a PEFT LoRA adapter into memory, on the CPU, in the dtypes it was saved in.
 
-    The files are read once, each tensor into its own memory: the peak is the size of the
+    The files are read once, the tensors of each into one memory: the peak is the size of the
     adapter's tensors and a header of at most 32 MiB.
 
     Args:
@@ -207,6 +207,7 @@ def _modules(
     tensors: dict[str, torch.Tensor], config: AdapterConfig, name: str
 ) -> dict[str, LoraModule]:
     pairs: dict[str, dict[Half, torch.Tensor]] = {}
+    finite = not tensors or are_finite(list(tensors.values()))
     for key in sorted(tensors):
         module, half = _parse_key(key, name)
         halves = pairs.setdefault(module, {})
@@ -216,7 +217,7 @@ def _modules(
                 f"without {PREFIX!r}"
             )
         halves[half] = tensors[key]
-        if tensors[key].numel() and not is_finite(tensors[key]):
+        if not finite and tensors[key].numel() and not is_finite(tensors[key]):
             raise AdapterFormatError(
                 f"adapter {name!r}, module {module!r}: {half.label} holds NaN or Inf"
             )

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 
 from lego_core import LoraAdapter, LoraModule
+from lego_core.adapter import shared_memory
 from lego_core.adapter_save import PREFIX
 
 _ALIGNMENT = 16  # of each tensor in the buffer: a multiple of every dtype's size
@@ -57,7 +58,7 @@ class PackedAdapter:
     def pack(cls, adapter: LoraAdapter) -> PackedAdapter:
         """Bring an adapter's tensors into one buffer where they lie; a merge's already are in one."""
         modules = adapter.modules
-        whole = _common_storage([half for m in modules.values() for half in (m.lora_a, m.lora_b)])
+        whole = _whole_words([half for m in modules.values() for half in (m.lora_a, m.lora_b)])
         if whole is not None:
             places = tuple(
                 (name, _lies(m.lora_a), _lies(m.lora_b), m.scaling, m.is_embedding)
@@ -130,17 +131,10 @@ class PackedAdapter:
         return f"{total % (1 << 64):016x}"
 
 
-def _common_storage(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """Return the memory that the tensors share as bytes, if it is little more than they are."""
-    storage = tensors[0].untyped_storage()
-    shared = all(
-        tensor.is_contiguous() and tensor.untyped_storage().data_ptr() == storage.data_ptr()
-        for tensor in tensors
-    )
-    # Whole words for the fingerprint, and nothing that belongs to others.
-    if not shared or storage.nbytes() % 4 or storage.nbytes() > sum(t.nbytes for t in tensors):
-        return None
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+def _whole_words(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Return the memory that the tensors share, if the fingerprint can read it as whole words."""
+    memory = shared_memory(tensors)
+    return None if memory is None or memory.nbytes % 4 else memory
 
 
 def _lies(tensor: torch.Tensor) -> _Place:

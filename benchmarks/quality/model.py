@@ -135,7 +135,9 @@ class Subject:
 
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        return cls(model, AutoTokenizer.from_pretrained(folder, padding_side="left"), device)
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # its file names none
+        return cls(model, tokenizer, device)
 
     def wear(self, updates: Mapping[str, Update] | None = None) -> None:
         """Put these updates on, by layer, for those worn before."""
