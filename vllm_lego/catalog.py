@@ -177,10 +177,9 @@ class Catalog:
         paths = dict(zip(names, places, strict=True))
         stamps = await asyncio.gather(*map(self._stamp, paths.values()))
         try:
-            return [
-                self._known.get((*item, stamp)) or await self._read((*item, stamp))
-                for item, stamp in zip(paths.items(), stamps, strict=True)
-            ]
+            return await asyncio.gather(
+                *(self._entry((*item, s)) for item, s in zip(paths.items(), stamps, strict=True))
+            )
         except LegoError as error:
             raise UnmergeableError(str(error), param=param) from error
 
@@ -219,8 +218,10 @@ class Catalog:
             stamping.add_done_callback(lambda _: self._stamping.pop(path))
         return await asyncio.shield(stamping)
 
-    async def _read(self, key: _Key) -> CatalogEntry:
-        """Read an adapter's files, once for all who ask meanwhile."""
+    async def _entry(self, key: _Key) -> CatalogEntry:
+        """Return what is known of an adapter, or read its files, once for all who ask meanwhile."""
+        if key in self._known:
+            return self._known[key]
         reading = self._reading.get(key)
         if reading is None:
             loop = asyncio.get_running_loop()

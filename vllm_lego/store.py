@@ -15,13 +15,14 @@ import stat
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from lego_core import LegoError, LoraAdapter, LoraModule
+from lego_core.adapter import shared_memory
 from lego_core.adapter_files import DTYPES, read_tensors
 from lego_core.adapter_save import PREFIX
 from vllm_lego.identity import MERGE_ID
@@ -221,6 +222,7 @@ def _format(recipe: Recipe, adapter: LoraAdapter, fidelity: float) -> list[memor
     gets to run, the engine's neither.
     """
     tensors = {name: tensor.contiguous() for name, tensor in peft_tensors(adapter).items()}
+    tensors = dict(sorted(tensors.items(), key=lambda item: item[1].data_ptr()))
     header: dict[str, Any] = {
         "__metadata__": {
             "format": "pt",
@@ -237,11 +239,14 @@ def _format(recipe: Recipe, adapter: LoraAdapter, fidelity: float) -> list[memor
     described = json.dumps(header).encode()
     described += b" " * (-len(described) % 8)  # the data are aligned
     length = len(described).to_bytes(8, "little")
-    return [memoryview(length + described), *map(_bytes_of, tensors.values())]
+    return [memoryview(length + described), *_contents(tensors)]
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.view(-1).view(torch.uint8).numpy().data
+def _contents(tensors: Mapping[str, torch.Tensor]) -> list[memoryview]:
+    """Return the memory of tensors, in one piece where they lie in this order in one."""
+    memory = shared_memory(list(tensors.values()))
+    pieces = list(tensors.values()) if memory is None else [memory]
+    return [piece.view(-1).view(torch.uint8).numpy().data for piece in pieces]
 
 
 def _parse(file: BinaryIO, max_bytes: int, recipe: Recipe) -> tuple[LoraAdapter, float]:
@@ -295,12 +300,12 @@ def _recipe_of(metadata: dict[str, str]) -> Recipe:
         raise _NotThisMergeError("it holds no recipe") from error
 
 
-def _checksum(tensors: dict[str, torch.Tensor], recipe: Recipe) -> str:
-    """Return a SHA-256 (hex) over names, dtypes, shapes and bytes of all tensors, and the recipe."""
-    sha = hashlib.sha256(recipe.encode().encode())
-    for name, tensor in sorted(tensors.items()):
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(_bytes_of(tensor))
+def _checksum(tensors: Mapping[str, torch.Tensor], recipe: Recipe) -> str:
+    """Return a SHA-256 (hex) over the recipe, names, dtypes, shapes and bytes of tensors, in order."""
+    described = [f"{name} {tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items()]
+    sha = hashlib.sha256(json.dumps([recipe.encode(), *described]).encode())
+    for content in _contents(tensors):
+        sha.update(content)
     return sha.hexdigest()
 
 

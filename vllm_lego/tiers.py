@@ -7,10 +7,13 @@ leave of the budget. Everything is bounded in bytes and goes least recently used
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +27,10 @@ from vllm_lego.recipe import Member, Recipe
 from vllm_lego.settings import Settings
 from vllm_lego.store import MergeStore
 
+logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
+
+_READERS = 8  # members that are read at a time
+_NICENESS = 10
 _EVENTS = 10_000  # told of at the next poll; nobody polls only while nothing happens
 
 
@@ -69,6 +76,9 @@ class Tiers:
         self._memory = memory
         self._writes = writes
         self._lock = threading.Lock()
+        self._readers = ThreadPoolExecutor(
+            _READERS, "lego-reading", initializer=yield_to_the_engine
+        )
         self._events: deque[tuple[str, str, float]] = deque(maxlen=_EVENTS)
         self._host = _Noticing(settings.host_cache_bytes, self._evicted)
         self._on_device: LRUCache[str, PackedAdapter] = LRUCache(
@@ -80,23 +90,35 @@ class Tiers:
             else None
         )
 
-    def member(self, member: Member) -> LoraAdapter:
-        """Return a member on the device, from there, host memory or its files.
+    def members(self, members: Sequence[Member]) -> list[LoraAdapter]:
+        """Return members on the device, from there, host memory or their files.
 
-        It may be read on the current stream, whoever drops it meanwhile.
+        They may be read on the current stream, whoever drops them meanwhile.
 
         Raises:
-            LegoError: its files are not there, not the content that is meant, or do not fit.
+            LegoError: the files of one are not there, not the content that is meant, or do not fit.
         """
+        with self._lock:
+            here = {*self._on_device, *self._host}
+        absent = [member for member in members if member.digest not in here]
+        reading = {m.digest: self._readers.submit(self._read, m) for m in absent}
+        return [self._member(member, reading.get(member.digest)) for member in members]
+
+    def _read(self, member: Member) -> PackedAdapter:
+        adapter = load_adapter(Path(member.path), name=member.name, digest=member.digest)
+        self._check(adapter)
+        loaded = PackedAdapter.pack(adapter)
+        return self._keep_in_host_memory(member.digest, loaded) or loaded
+
+    def _member(self, member: Member, reading: Future[PackedAdapter] | None) -> LoraAdapter:
         with self._lock:
             packed = self._on_device.get(member.digest)
             kept = self._host.get(member.digest)
         if packed is None:
-            if not isinstance(kept, PackedAdapter):
-                adapter = load_adapter(Path(member.path), name=member.name, digest=member.digest)
-                self._check(adapter)
-                loaded = PackedAdapter.pack(adapter)
-                kept = self._keep_in_host_memory(member.digest, loaded) or loaded
+            if reading is not None:
+                kept = reading.result()
+            elif not isinstance(kept, PackedAdapter):  # dropped since
+                kept = self._read(member)
             packed = kept.on(self._device)
             with self._lock:
                 if packed is not kept and packed.nbytes <= self._on_device.maxsize:
@@ -206,6 +228,14 @@ class Tiers:
     def _evicted(self, kept: PackedAdapter | KeptMerge) -> None:
         if isinstance(kept, KeptMerge):
             self.tell("evictions", "host", time.monotonic() - kept.last_used)
+
+
+def yield_to_the_engine() -> None:
+    """Give a thread that merges or reads a lower scheduling priority than the engine's threads."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    except OSError as error:  # a container may forbid it; then the kernel shares fairly
+        logger.info("a staging thread keeps its priority: %s", error)
 
 
 class _Noticing(LRUCache[str, PackedAdapter | KeptMerge]):

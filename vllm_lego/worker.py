@@ -8,7 +8,6 @@ and return a result.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 import time
@@ -27,11 +26,10 @@ from vllm_lego.identity import engine_id
 from vllm_lego.packed import PackedAdapter
 from vllm_lego.recipe import Recipe
 from vllm_lego.settings import Settings
-from vllm_lego.tiers import Tiers
+from vllm_lego.tiers import Tiers, yield_to_the_engine
 
 logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
 
-_NICENESS = 10
 _GIL_INTERVAL_S = 0.0005
 """How long a thread keeps Python's lock from another. At Python's 5 ms the engine's loop, which asks for
 the lock several times a step, waits longer for a staging thread than for the model."""
@@ -115,7 +113,7 @@ class StagingArea:
         self._threads = ThreadPoolExecutor(
             max_workers=settings.merge_threads,
             thread_name_prefix="lego-staging",
-            initializer=_yield_to_the_engine,
+            initializer=yield_to_the_engine,
         )
 
     def stage(self, recipes: Iterable[Recipe], holder: str) -> dict[str, Any]:
@@ -276,7 +274,7 @@ class StagingArea:
     def _merge(self, recipe: Recipe) -> tuple[PackedAdapter, float, float]:
         """Merge a recipe's members. Returns the merge, its fidelity, and when they were loaded."""
         with self._range("lego.load"):
-            members = [self.tiers.member(member) for member in recipe.members]
+            members = self.tiers.members(recipe.members)
         loaded = time.perf_counter()
         with self._range("lego.merge"):
             adapter, report = merge_adapters(
@@ -317,14 +315,6 @@ class StagingArea:
         if not hasattr(self._local, "stream"):
             self._local.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         return torch.cuda.stream(self._local.stream)
-
-
-def _yield_to_the_engine() -> None:
-    """Give a staging thread a lower scheduling priority than the engine's threads."""
-    try:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-    except OSError as error:  # a container may forbid it; then the kernel shares fairly
-        logger.info("the staging thread keeps its priority: %s", error)
 
 
 def _failure(recipe: Recipe, error: BaseException) -> dict[str, Any]:

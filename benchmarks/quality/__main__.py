@@ -37,11 +37,11 @@ SOME = ("numbers", "plurals", "dates", "sums", "syllables", "sentiment")
 
 FULL = Plan(
     families=(
-        Family("r16-all", (*TASKS, *STYLES), rank=16, rate=2e-4, steps=1000, seed=1),
-        Family("r8-attention", tuple(TASKS), 8, 5e-4, 1000, seed=2, attention=True),
-        Family("r8-all", SOME, rank=8, rate=3e-4, steps=800, seed=3),
-        Family("r4-all", SOME, rank=4, rate=4e-4, steps=800, seed=4),
-        Family("r16-all-1e-4", SOME, rank=16, rate=1e-4, steps=800, seed=5),
+        Family("r16-all", (*TASKS, *STYLES), rank=16, rate=2e-4, steps=450, seed=1),
+        Family("r8-attention", tuple(TASKS), 8, 5e-4, steps=450, seed=2, attention=True),
+        Family("r8-all", SOME, rank=8, rate=3e-4, steps=450, seed=3),
+        Family("r4-all", SOME, rank=4, rate=4e-4, steps=450, seed=4),
+        Family("r16-all-1e-4", SOME, rank=16, rate=1e-4, steps=450, seed=5),
     ),
     sizes=(2, 3, 5, 7),
     draws={"r16-all": 5, "r8-attention": 3, "r16-all-1e-4": 2},

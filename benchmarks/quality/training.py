@@ -39,7 +39,7 @@ class Family:
     steps: int
     seed: int
     attention: bool = False
-    batch: int = 32
+    batch: int = 64
 
 
 def train(family: Family, subject: Subject, bank: Bank) -> tuple[list[LoraAdapter], list[float]]:

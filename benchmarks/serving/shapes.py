@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,7 +94,8 @@ def write_adapters(
 ) -> dict[str, Path]:
     """Write adapters of all linear layers with random weights in bfloat16. Returns folders by name."""
     adapters = {f"adapter{i}": folder / f"adapter{i}" for i in range(count)}
-    for seed, (name, path) in enumerate(adapters.items()):
+
+    def write(seed: int, name: str) -> None:
         draws = torch.Generator().manual_seed(seed)
         modules = {
             linear: LoraModule(
@@ -101,7 +104,10 @@ def write_adapters(
             )
             for linear, (height, width) in shape.linears().items()
         }
-        save_adapter(LoraAdapter(name, modules), path)
+        save_adapter(LoraAdapter(name, modules), adapters[name])
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        list(pool.map(write, range(count), adapters))
     return adapters
 
 

@@ -85,15 +85,15 @@ def test_what_is_kept_is_copied_into_that_memory(make):
 
 def test_members_and_merges_share_it_and_the_least_recently_used_goes(make, members):
     tiers = make(3)
-    tiers.member(members[0])
+    tiers.members([members[0]])[0]
     for number in (11, 12):
         keep(tiers, number)
-    tiers.member(members[0])
+    tiers.members([members[0]])[0]
     keep(tiers, 13)
     assert kept(tiers) == [12, 13]
     assert [event[:2] for event in tiers.events()] == [("evictions", "host")]
     Path(members[0].path, "adapter_model.safetensors").unlink()
-    assert holds(tiers.member(members[0]), 1)
+    assert holds(tiers.members([members[0]])[0], 1)
 
 
 def test_entries_go_until_there_is_room_in_one_piece(make):
@@ -128,8 +128,8 @@ def test_what_somebody_reads_is_not_written_over(make):
 
 def test_what_finds_no_room_is_served_and_written_but_not_kept(make, members, tmp_path):
     tiers = make(1, store_dir=str(tmp_path / "store"))
-    reader = tiers.member(members[0])
-    assert holds(tiers.member(members[1]), 2)
+    reader = tiers.members([members[0]])[0]
+    assert holds(tiers.members([members[1]])[0], 2)
     keep(tiers, 7)
     assert kept(tiers) == []
     packed, _, tier = tiers.find(recipe(7))
@@ -145,7 +145,7 @@ def test_what_finds_no_room_is_served_and_written_but_not_kept(make, members, tm
 def test_without_a_budget_nothing_is_kept(make, members):
     tiers = make(0)
     keep(tiers, 7)
-    assert holds(tiers.member(members[0]), 1)
+    assert holds(tiers.members([members[0]])[0], 1)
     assert tiers.find(recipe(7)) is None
 
 
@@ -160,7 +160,7 @@ def test_threads_that_read_keep_and_drop_see_only_what_they_asked_for(make, memb
                 number, kind = (int(torch.randint(6, (), generator=draws)) for _ in range(2))
                 number += 1
                 if kind < 2:
-                    read = tiers.member(members[number - 1])
+                    read = tiers.members([members[number - 1]])[0]
                 elif (found := tiers.find(recipe(number))) is not None:
                     read = found[0].unpack()
                 else:
