@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -78,6 +79,7 @@ def main() -> int:
             return _run(options, smoke.tiny_subject(), smoke.PLAN)
     if options.model is None:
         parser.error("--model is missing")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else training is not repeatable
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return _run(options, Subject.load(options.model, device), FULL)
 
