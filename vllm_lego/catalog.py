@@ -139,10 +139,10 @@ class Catalog:
         absent = set(self._hub.allowed.names()) - self._hub.here().keys()
         return sorted(filter(self._access.may_name, absent))
 
-    async def refresh(self) -> None:
-        """See which adapters there are now."""
+    async def refresh(self, *, thorough: bool = True) -> None:
+        """See which adapters there are now; see `AdapterFolder.refresh`."""
         if self._folder is not None:
-            await self._folder.refresh()
+            await self._folder.refresh(thorough=thorough)
 
     async def check_names(self, names: Iterable[str], *, param: str) -> list[str]:
         """Return the names if the caller may use each of them, and all of them together.
@@ -153,7 +153,8 @@ class Catalog:
         """
         names = list(names)
         if not all(name in self._served for name in names):
-            await self.refresh()
+            # Whether a known one is still there, its files tell.
+            await self.refresh(thorough=not all(map(self.is_named, names)))
         for name in names:
             if name not in self:
                 raise UnknownAdapterError(f"adapter {shown(name)} is not served here", param=param)

@@ -32,6 +32,7 @@ from vllm_lego.metrics import Metrics
 from vllm_lego.recipe import Member, Recipe
 from vllm_lego.settings import Settings
 from vllm_lego.slots import Slots
+from vllm_lego.threads import hand_over_soon
 
 logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
 
@@ -63,6 +64,7 @@ class LegoService:
         self.access = access or Access()
         if self.access.is_restricted:
             engine.hide(self.access.may_see)  # before anybody looks for an adapter
+        hand_over_soon()
         # Of our own: a volume that does not answer must not take the event loop's, which vLLM needs.
         files = ThreadPoolExecutor(_FILE_THREADS, thread_name_prefix="lego-files")
         self.catalog = Catalog.of(

@@ -57,6 +57,15 @@ def is_read(file: str) -> bool:
     return file == CONFIG_FILE or ".safetensors" in file
 
 
+@dataclass(slots=True, eq=False)
+class _Look:
+    """A look at a folder: into every subfolder or not, whether it has begun, and the end of it."""
+
+    thorough: bool = False
+    begun: bool = False
+    answer: asyncio.Future[None] | None = None
+
+
 class AdapterFolder:
     """A folder whose subfolders are adapters, by their names. It may change at any time.
 
@@ -82,18 +91,27 @@ class AdapterFolder:
         self._told: set[str] = set()
         # One thread: whoever asks is answered by a look that began after that.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lego-folder")
+        self._look = _Look()
         self.adapters: Mapping[str, str] = self._scan()
         """The folder of each adapter by name, as of the last look."""
 
-    async def refresh(self) -> None:
+    async def refresh(self, *, thorough: bool = True) -> None:
         """Look whether there are others now; costs a stat if the folder has not changed.
 
         A subfolder that comes or goes is noticed at once, a configuration that is written into one
-        after that within a second.
+        after that within a second, by thorough looks.
         """
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._refresh)
+        look = self._look
+        answer = look.answer
+        # One that has not begun is shared with whoever asked first.
+        if answer is None or look.begun or thorough > look.thorough:
+            look = self._look = _Look(thorough)
+            loop = asyncio.get_running_loop()
+            answer = look.answer = loop.run_in_executor(self._thread, self._refresh, look)
+        await asyncio.shield(answer)
 
-    def _refresh(self) -> None:
+    def _refresh(self, look: _Look) -> None:
+        look.begun = True
         try:
             now = self._folder.stat()
         except OSError as error:
@@ -101,7 +119,8 @@ class AdapterFolder:
             self.adapters, self._seen = {}, None
             return
         seen = now.st_dev, now.st_ino, now.st_mtime_ns
-        if seen != self._seen or time.monotonic() - self._seen_at > _FRESH_S:
+        stale = look.thorough and time.monotonic() - self._seen_at > _FRESH_S
+        if seen != self._seen or stale:
             self._seen_at = time.monotonic()
             settled = abs(time.time_ns() - now.st_mtime_ns) > _CLOCK_TICK_NS
             self.adapters = self._scan()

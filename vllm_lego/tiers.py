@@ -7,8 +7,6 @@ leave of the budget. Everything is bounded in bytes and goes least recently used
 
 from __future__ import annotations
 
-import logging
-import os
 import threading
 import time
 from collections import deque
@@ -26,11 +24,9 @@ from vllm_lego.packed import PackedAdapter
 from vllm_lego.recipe import Member, Recipe
 from vllm_lego.settings import Settings
 from vllm_lego.store import MergeStore
-
-logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
+from vllm_lego.threads import yield_to_the_engine
 
 _READERS = 8  # members that are read at a time
-_NICENESS = 10
 _EVENTS = 10_000  # told of at the next poll; nobody polls only while nothing happens
 
 
@@ -228,14 +224,6 @@ class Tiers:
     def _evicted(self, kept: PackedAdapter | KeptMerge) -> None:
         if isinstance(kept, KeptMerge):
             self.tell("evictions", "host", time.monotonic() - kept.last_used)
-
-
-def yield_to_the_engine() -> None:
-    """Give a thread that merges or reads a lower scheduling priority than the engine's threads."""
-    try:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-    except OSError as error:  # a container may forbid it; then the kernel shares fairly
-        logger.info("a staging thread keeps its priority: %s", error)
 
 
 class _Noticing(LRUCache[str, PackedAdapter | KeptMerge]):

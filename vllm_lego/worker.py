@@ -8,7 +8,6 @@ and return a result.
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,13 +25,10 @@ from vllm_lego.identity import engine_id
 from vllm_lego.packed import PackedAdapter
 from vllm_lego.recipe import Recipe
 from vllm_lego.settings import Settings
-from vllm_lego.tiers import Tiers, yield_to_the_engine
+from vllm_lego.threads import hand_over_soon, yield_to_the_engine
+from vllm_lego.tiers import Tiers
 
 logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
-
-_GIL_INTERVAL_S = 0.0005
-"""How long a thread keeps Python's lock from another. At Python's 5 ms the engine's loop, which asks for
-the lock several times a step, waits longer for a staging thread than for the model."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,7 +105,7 @@ class StagingArea:
         self._account = self.tiers.account()
         self._jobs: list[_Job] = []
         self._local = threading.local()
-        sys.setswitchinterval(_GIL_INTERVAL_S)
+        hand_over_soon()
         self._threads = ThreadPoolExecutor(
             max_workers=settings.merge_threads,
             thread_name_prefix="lego-staging",

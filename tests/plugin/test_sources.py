@@ -51,6 +51,33 @@ def until(condition: Callable[[], bool], limit_s: float = 10) -> None:
         assert time.monotonic() < end
 
 
+def test_those_who_ask_together_share_a_look(home, monkeypatch):
+    folder, looks = AdapterFolder(home), []
+    stock = folder._refresh
+    monkeypatch.setattr(folder, "_refresh", lambda look: (looks.append(look), stock(look)))
+
+    async def ask() -> None:
+        await asyncio.gather(*(folder.refresh() for _ in range(100)))
+
+    asyncio.run(ask())
+    assert 1 <= len(looks) < 50
+    adapter(home / "new")
+    assert names(folder) == ["new", "sql"]
+
+
+def test_a_quick_look_leaves_subfolders_to_a_thorough_one(home, monkeypatch):
+    (home / "later").mkdir()
+    folder = AdapterFolder(home)
+    time.sleep(0.05)  # a folder that has just changed is looked through in any case
+    names(folder)
+    for file, content in plain().items():
+        (home / "later" / file).write_bytes(content)
+    monkeypatch.setattr("vllm_lego.sources._FRESH_S", 0.0)
+    asyncio.run(folder.refresh(thorough=False))
+    assert sorted(folder.adapters) == ["sql"]
+    assert names(folder) == ["later", "sql"]
+
+
 def test_folders_come_and_go_at_once(home):
     folder = AdapterFolder(home)
     for i in range(20):  # within one tick of the file system's clock, too

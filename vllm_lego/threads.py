@@ -1,0 +1,30 @@
+"""How threads share a core and Python's lock with vLLM's."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+
+logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
+
+_NICENESS = 10
+_LOCK_INTERVAL_S = 0.0005
+
+
+def hand_over_soon() -> None:
+    """Let no thread of this process keep Python's lock for long from one that waits for it.
+
+    At Python's 5 ms the engine's loop, which asks for the lock several times a step, waits longer for a
+    thread that merges than for the model, and a request waits so long for each thread that it asks.
+    """
+    sys.setswitchinterval(min(_LOCK_INTERVAL_S, sys.getswitchinterval()))
+
+
+def yield_to_the_engine() -> None:
+    """Give a thread that merges or reads a lower scheduling priority than the engine's threads."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    except OSError as error:  # a container may forbid it; then the kernel shares fairly
+        logger.info("a staging thread keeps its priority: %s", error)
