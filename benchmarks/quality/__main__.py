@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality import report, smoke
+from benchmarks.quality import pictures, report, smoke
 from benchmarks.quality.experiments import Bench, Plan, jobs, run, score_singles
 from benchmarks.quality.model import Subject
 from benchmarks.quality.tasks import PACKAGES, SPLITS, STYLES, TASKS, load_bank
@@ -69,7 +69,7 @@ def main() -> int:
     if options.draw:
         results = json.loads((options.out / "quality.json").read_text())
         lines = (options.out / "merges.jsonl").read_text().splitlines()
-        report.draw(results | {"merges": [json.loads(line) for line in lines]}, options.out)
+        pictures.draw(results | {"merges": [json.loads(line) for line in lines]}, options.out)
         return 0
     if options.smoke:
         torch.set_num_threads(1)  # of so little work, threads only wait for each other
@@ -126,7 +126,7 @@ def _run(options: argparse.Namespace, subject: Subject, plan: Plan) -> int:
     _write(options.out / "quality.json", {k: v for k, v in results.items() if k != "merges"})
     (options.out / "merges.jsonl").write_text("".join(json.dumps(one) + "\n" for one in merges))
     (options.out / "quality.md").write_text(report.markdown(results) + "\n")
-    report.draw(results, options.out)
+    pictures.draw(results, options.out)
     print(
         f"{len(bench.records)} results in {options.out}, " + ("all" if finished else "more to do")
     )

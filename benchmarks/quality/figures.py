@@ -164,6 +164,36 @@ def adapters(records: Records) -> list[dict[str, Any]]:
     return rows
 
 
+def untuned(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Average what needs no data over families and sizes, each alike: what a default is chosen by.
+
+    Args:
+        rows: of the multi-task experiment, as `tables` has them.
+    """
+    found = []
+    for (variant,), group in grouped(rows, lambda row: (row["variant"],)).items():
+        if group[0]["bound"]:
+            continue
+        found.append(
+            {
+                "variant": variant,
+                "scale": "as it is",
+                "validation": _mean(row["validation as it is"] for row in group),
+                "test": _mean(row["as it is"]["value"] for row in group),
+            }
+        )
+        found += [
+            {
+                "variant": variant,
+                "scale": name,
+                "validation": _mean(row["validation rules"][name] for row in group),
+                "test": _mean(row["rules"][name]["value"] for row in group),
+            }
+            for name in group[0]["rules"]
+        ]
+    return sorted(found, key=lambda one: -one["validation"])
+
+
 def goal(records: Records, default: str) -> list[dict[str, Any]]:
     """Compare the default, tuned and as it is, with every other method of equal rank at its best.
 
@@ -213,12 +243,27 @@ def fidelity(records: Records) -> list[dict[str, Any]]:
     rows = []
     for (name,), group in slices.items():
         x = np.array([one["fidelity"] for one in group])
+        alike = [f"{family_of(one)} {len(one['members'])}" for one in group]
         for mode, scale in (("best", best_scale), ("as it is", as_it_is)):
             y = np.array([test_figure(one, records, scale(one))[0] for one in group])
             rows.append(
-                {"of": name, "scale": mode, "merges": len(group), "spearman": _spearman(x, y)}
+                {
+                    "of": name,
+                    "scale": mode,
+                    "merges": len(group),
+                    "spearman": _spearman(x, y),
+                    "among sets of one family and size": _spearman(
+                        _less_the_mean(x, alike), _less_the_mean(y, alike)
+                    ),
+                }
             )
     return rows
+
+
+def _less_the_mean(values: Vector, groups: Sequence[str]) -> Vector:
+    """Return how far each value is from the mean of its group."""
+    same = np.array(groups)[:, None] == np.array(groups)
+    return values - same @ values / same.sum(axis=1)
 
 
 def _spearman(x: Vector, y: Vector) -> float | None:
