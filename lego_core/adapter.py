@@ -210,13 +210,16 @@ def are_finite(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def shared_memory(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """Return the memory that contiguous tensors share, shape [bytes], uint8, if it holds no more."""
+    """Return the memory that contiguous tensors share, shape [bytes], uint8, if they tile it."""
+    if not tensors:
+        return None
     storage = tensors[0].untyped_storage()
-    shared = all(
-        tensor.is_contiguous() and tensor.untyped_storage().data_ptr() == storage.data_ptr()
-        for tensor in tensors
-    )
-    if not shared or storage.nbytes() > sum(tensor.nbytes for tensor in tensors):
+    end = start = storage.data_ptr()
+    for tensor in sorted(tensors, key=torch.Tensor.data_ptr):
+        if not tensor.is_contiguous() or (tensor.numel() and tensor.data_ptr() != end):
+            return None
+        end += tensor.nbytes
+    if end - start != storage.nbytes():
         return None
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 

@@ -51,6 +51,10 @@ DTYPES = {
 """The dtypes of LoRA weights by their name in safetensors."""
 
 
+class MemoryShortError(MemoryError):
+    """There is less memory than a file needs; it says how much."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
     """One tensor of a safetensors header; `nbytes` long, after all that come before it."""
@@ -93,7 +97,8 @@ def opened(folder: Path, file: str, name: str) -> Iterator[BinaryIO]:
         reason = getattr(error, "strerror", None) or str(error)
         raise _unreadable(name, file, reason) from error
     except MemoryError as error:
-        raise _unreadable(name, file, "there is not enough memory") from error
+        reason = str(error) if isinstance(error, MemoryShortError) else "there is not enough memory"
+        raise _unreadable(name, file, reason) from error
 
 
 def read_small(folder: Path, file: str, name: str, limit: int = MAX_CONFIG_BYTES) -> bytes:
@@ -189,14 +194,15 @@ def read_tensors(
         wanted: which tensors to keep, of those in `DTYPES`; it may refuse one by raising.
 
     Raises:
-        AdapterFormatError: not a sound safetensors file, or larger than the memory.
+        AdapterFormatError: not a sound safetensors file.
+        MemoryError: it is larger than the memory.
     """
     size = os.fstat(content.fileno()).st_size
     entries = _read_header(content, size, file, name, sha)
     keep = {entry.key for entry in entries if wanted(entry)}
     needed, there = sum(e.nbytes for e in entries if e.key in keep), _memory_bytes()
     if there is not None and needed > there:
-        raise _unreadable(name, file, f"it needs {needed} bytes of memory, {there} are available")
+        raise MemoryShortError(f"it needs {needed} bytes of memory, {there} are available")
     # In few and large reads: between any two, another thread may take Python's lock.
     memory = np.empty(needed, np.uint8)
     filled = 0
@@ -220,7 +226,8 @@ def _cut(memory: torch.Tensor, entries: Sequence[TensorEntry]) -> dict[str, torc
     start = 0
     for entry in entries:
         part, dtype = memory[start : start + entry.nbytes], DTYPES[entry.dtype]
-        part = part if start % dtype.itemsize == 0 else part.clone()
+        if start % dtype.itemsize or not entry.nbytes:  # of no bytes, there is no view either
+            part = torch.empty(entry.nbytes, dtype=torch.uint8).copy_(part)
         tensors[entry.key] = part.view(dtype).view(entry.shape)
         start += entry.nbytes
     return tensors

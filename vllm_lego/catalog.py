@@ -174,15 +174,21 @@ class Catalog:
             BusyError: an adapter did not come from the hub.
         """
         names = await self.check_names(names, param=param)
-        places = await asyncio.gather(*(self._place(name, param) for name in names))
-        paths = dict(zip(names, places, strict=True))
-        stamps = await asyncio.gather(*map(self._stamp, paths.values()))
-        try:
-            return await asyncio.gather(
-                *(self._entry((*item, s)) for item, s in zip(paths.items(), stamps, strict=True))
-            )
-        except LegoError as error:
-            raise UnmergeableError(str(error), param=param) from error
+        here = {name: path for name in names if (path := self._here(name)) is not None}
+        if absent := [name for name in names if name not in here]:
+            fetched = await asyncio.gather(*(self._from_hub(name, param) for name in absent))
+            here |= dict(zip(absent, fetched, strict=True))
+        # Futures, not coroutines, of which the loop makes tasks: this is all that a warm set waits for.
+        stamps = await asyncio.gather(*(self._stamp(here[name]) for name in names))
+        keys = [(name, here[name], stamp) for name, stamp in zip(names, stamps, strict=True)]
+        found = {key: self._known[key] for key in keys if key in self._known}
+        if unread := [key for key in keys if key not in found]:
+            try:
+                read = await asyncio.gather(*map(self._read, unread))
+            except LegoError as error:
+                raise UnmergeableError(str(error), param=param) from error
+            found |= dict(zip(unread, read, strict=True))
+        return [found[key] for key in keys]
 
     def _in_folder(self, name: str) -> str | None:
         """Return where in the folder an adapter is, unless its name is taken."""
@@ -202,34 +208,32 @@ class Catalog:
     def _is_on_hub(self, name: str) -> bool:
         return self._hub is not None and self._hub.allows(name) and not self._is_base_model(name)
 
-    async def _place(self, name: str, param: str) -> str:
-        path = self._served.get(name) or self._in_folder(name)
-        if path is not None:
-            return path
+    def _here(self, name: str) -> str | None:
+        return self._served.get(name) or self._in_folder(name)
+
+    async def _from_hub(self, name: str, param: str) -> str:
         if self._hub is None:
             raise UnknownAdapterError(f"adapter {shown(name)} is not served here", param=param)
         return await self._hub.folder(name, param=param)
 
-    async def _stamp(self, path: str) -> _Stamp | None:
+    def _stamp(self, path: str) -> asyncio.Future[_Stamp | None]:
         """Stamp a folder, once for all who ask meanwhile: one that does not answer holds one thread."""
         stamping = self._stamping.get(path)
         if stamping is None:
             loop = asyncio.get_running_loop()
             stamping = self._stamping[path] = loop.run_in_executor(self._files, _stamp, path)
             stamping.add_done_callback(lambda _: self._stamping.pop(path))
-        return await asyncio.shield(stamping)
+        return asyncio.shield(stamping)
 
-    async def _entry(self, key: _Key) -> CatalogEntry:
-        """Return what is known of an adapter, or read its files, once for all who ask meanwhile."""
-        if key in self._known:
-            return self._known[key]
+    def _read(self, key: _Key) -> asyncio.Future[CatalogEntry]:
+        """Read an adapter's files, once for all who ask meanwhile."""
         reading = self._reading.get(key)
         if reading is None:
             loop = asyncio.get_running_loop()
             reading = loop.run_in_executor(self._files, _describe, key[0], key[1])
             self._reading[key] = reading
             reading.add_done_callback(lambda done: self._finish(key, done))
-        return await asyncio.shield(reading)
+        return asyncio.shield(reading)
 
     def _finish(self, key: _Key, reading: asyncio.Future[CatalogEntry]) -> None:
         del self._reading[key]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from functools import lru_cache
 
 from lego_core.config import MergeConfig
 from lego_core.merge import ALGORITHM_VERSION
@@ -18,8 +18,9 @@ _FIRST_ENGINE_ID = 1 << 30
 MERGE_ID = re.compile(rf"lego-[0-9a-f]{{{_HEX_DIGITS}}}")
 
 
+@lru_cache(4096)  # a warm set's request would form it anew
 def merge_id(
-    members: Iterable[tuple[str, float]], config: MergeConfig, *, base_model: str, dtype: str
+    members: tuple[tuple[str, float], ...], config: MergeConfig, *, base_model: str, dtype: str
 ) -> str:
     """Return `lego-` and 16 hex digits of a SHA-256 over everything that decides the numbers.
 

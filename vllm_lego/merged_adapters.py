@@ -83,7 +83,7 @@ class MergedAdapters:
     def recipe(self, members: tuple[Member, ...], config: MergeConfig) -> Recipe:
         """Return the recipe of a merge for this engine."""
         identity = merge_id(
-            ((member.digest, member.weight) for member in members),
+            tuple((member.digest, member.weight) for member in members),
             config,
             base_model=self._engine.base_model,
             dtype=self._engine.dtype,

@@ -35,11 +35,16 @@ _SUFFIX = ".safetensors"
 _UNFINISHED, _BROKEN = ".unfinished", ".broken"
 _FORGOTTEN_AFTER_S = 3600.0
 _MAX_HEADER_BYTES = 64 << 20
+_FORMAT = "2"  # to be raised when what is written below changes
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class _NotThisMergeError(Exception):
     """A file that is not what its name says: truncated, foreign or damaged."""
+
+
+class _OtherFormatError(Exception):
+    """A file of another version of this program."""
 
 
 class MergeStore:
@@ -78,6 +83,11 @@ class MergeStore:
             return None
         except OSError as error:
             self._failed("store_read", f"{path} cannot be read: {error.strerror}")
+            return None
+        except MemoryError as error:
+            self._failed("store_read", f"{path} cannot be read: {error}")
+            return None
+        except _OtherFormatError:  # another version's, to whom it is right
             return None
         except _NotThisMergeError as error:
             self._failed("store_broken", f"{path} is set aside: {error}")
@@ -226,6 +236,7 @@ def _format(recipe: Recipe, adapter: LoraAdapter, fidelity: float) -> list[memor
     header: dict[str, Any] = {
         "__metadata__": {
             "format": "pt",
+            "lego_format": _FORMAT,
             "lego_recipe": recipe.encode(),
             "lego_fidelity": repr(fidelity),
             "lego_sha256": _checksum(tensors, recipe),
@@ -256,23 +267,25 @@ def _parse(file: BinaryIO, max_bytes: int, recipe: Recipe) -> tuple[LoraAdapter,
     stored = _recipe_of(metadata)
     if (stored.merge_id, stored.content) != (recipe.merge_id, recipe.content):
         raise _NotThisMergeError(f"it holds another merge, {stored.merge_id}")
+    if metadata.get("lego_format") != _FORMAT:
+        raise _OtherFormatError
     file.seek(0)
     try:
         # Not by the library, which copies the whole file while no other thread gets to run.
         tensors = read_tensors(file, "its file", recipe.merge_id, _Unhashed(), lambda _: True)
         fidelity = float(metadata["lego_fidelity"])
+        if _checksum(tensors, stored) != metadata.get("lego_sha256"):
+            raise _NotThisMergeError("its checksum is wrong")
+        modules: dict[str, LoraModule] = {}
+        for name, lora_a in sorted(tensors.items()):
+            for a, b in (LINEAR_HALVES, EMBEDDING_HALVES):
+                if name.endswith(a):
+                    layer = name.removesuffix(a)
+                    modules[layer.removeprefix(PREFIX)] = LoraModule(
+                        lora_a, tensors[layer + b], is_embedding=a in EMBEDDING_HALVES
+                    )
     except (LegoError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise _NotThisMergeError(str(error)) from error
-    if _checksum(tensors, stored) != metadata.get("lego_sha256"):
-        raise _NotThisMergeError("its checksum is wrong")
-    modules: dict[str, LoraModule] = {}
-    for name, lora_a in sorted(tensors.items()):
-        for a, b in (LINEAR_HALVES, EMBEDDING_HALVES):
-            if name.endswith(a):
-                layer = name.removesuffix(a)
-                modules[layer.removeprefix(PREFIX)] = LoraModule(
-                    lora_a, tensors[layer + b], is_embedding=a in EMBEDDING_HALVES
-                )
     return LoraAdapter(recipe.merge_id, modules), fidelity
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 from cachetools import Cache, LRUCache
@@ -26,7 +27,7 @@ from vllm_lego.settings import Settings
 from vllm_lego.store import MergeStore
 from vllm_lego.threads import yield_to_the_engine
 
-_READERS = 8  # members that are read at a time
+_READERS = 4  # members that are read beside those that the staging threads read
 _EVENTS = 10_000  # told of at the next poll; nobody polls only while nothing happens
 
 
@@ -75,6 +76,7 @@ class Tiers:
         self._readers = ThreadPoolExecutor(
             _READERS, "lego-reading", initializer=yield_to_the_engine
         )
+        self._turns: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
         self._events: deque[tuple[str, str, float]] = deque(maxlen=_EVENTS)
         self._host = _Noticing(settings.host_cache_bytes, self._evicted)
         self._on_device: LRUCache[str, PackedAdapter] = LRUCache(
@@ -96,24 +98,36 @@ class Tiers:
         """
         with self._lock:
             here = {*self._on_device, *self._host}
-        absent = [member for member in members if member.digest not in here]
-        reading = {m.digest: self._readers.submit(self._read, m) for m in absent}
-        return [self._member(member, reading.get(member.digest)) for member in members]
+        absent = {m.digest: m for m in members if m.digest not in here}
+        # The first is read here. Of the others, here too what no reader has begun when its turn comes:
+        # readers that wait for a volume hold up nobody else's sets.
+        for first in list(absent)[:1]:
+            del absent[first]
+        reading = {digest: self._readers.submit(self._read, m) for digest, m in absent.items()}
+        return [self._member(member, reading.pop(member.digest, None)) for member in members]
 
     def _read(self, member: Member) -> PackedAdapter:
-        adapter = load_adapter(Path(member.path), name=member.name, digest=member.digest)
-        self._check(adapter)
-        loaded = PackedAdapter.pack(adapter)
-        return self._keep_in_host_memory(member.digest, loaded) or loaded
+        """Read a member and keep it; another thread that is at it is waited for."""
+        with self._lock:
+            turn = self._turns.setdefault(member.digest, threading.Lock())
+        with turn:
+            with self._lock:
+                kept = self._host.get(member.digest)
+            if isinstance(kept, PackedAdapter):
+                return kept
+            adapter = load_adapter(Path(member.path), name=member.name, digest=member.digest)
+            self._check(adapter)
+            loaded = PackedAdapter.pack(adapter)
+            return self._keep_in_host_memory(member.digest, loaded) or loaded
 
     def _member(self, member: Member, reading: Future[PackedAdapter] | None) -> LoraAdapter:
         with self._lock:
             packed = self._on_device.get(member.digest)
             kept = self._host.get(member.digest)
         if packed is None:
-            if reading is not None:
+            if reading is not None and not reading.cancel():
                 kept = reading.result()
-            elif not isinstance(kept, PackedAdapter):  # dropped since
+            elif not isinstance(kept, PackedAdapter):
                 kept = self._read(member)
             packed = kept.on(self._device)
             with self._lock:
@@ -211,8 +225,11 @@ class Tiers:
             if packed.nbytes > self._host.maxsize:
                 return None
             if self._memory is not None:
+                # Where entries of other sizes or in use lie between the free parts, no more is dropped
+                # for this one than twice its size.
+                most = self._host.currsize - 2 * packed.nbytes
                 while (block := self._memory.allocate(packed.nbytes)) is None:
-                    if not self._host:
+                    if not self._host or self._host.currsize <= most:
                         return None
                     self._host.popitem()
         on_host = packed.in_host_memory(block)

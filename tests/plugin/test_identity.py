@@ -17,7 +17,7 @@ CONFIG = MergeConfig(rank=8)
 
 
 def name(members=MEMBERS, config=CONFIG, base_model="base", dtype="bfloat16") -> str:
-    return merge_id(members, config, base_model=base_model, dtype=dtype)
+    return merge_id(tuple(members), config, base_model=base_model, dtype=dtype)
 
 
 def test_it_is_lego_and_16_hex_digits():

@@ -5,6 +5,7 @@ Each fault is the real one: a full tmpfs, a killed process, a truncated file.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -17,8 +18,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from lego_core import LoraAdapter, LoraModule, MergeConfig
+from vllm_lego.packed import peft_tensors
 from vllm_lego.recipe import Member, Recipe
 from vllm_lego.store import MergeStore
 
@@ -82,6 +85,52 @@ def test_what_was_saved_is_loaded_by_another_server(tmp_path):
     assert all(0 < seconds < 60 for _, seconds in written.seconds + told.seconds)
 
 
+def test_any_mix_of_dtypes_in_any_memory(tmp_path):
+    draws = torch.Generator().manual_seed(0)
+    shared = torch.randn(3 * 5 + 7 * 3, generator=draws)
+    mixed = LoraAdapter(
+        MERGE.name,
+        {
+            "whole": LoraModule(shared[21:].view(3, 5), shared[:21].view(7, 3)),
+            "half": LoraModule(
+                torch.randn(1, 3, generator=draws).half(), torch.randn(3, 1, generator=draws).half()
+            ),
+            "double": LoraModule(
+                torch.randn(1, 3, generator=draws).double(), torch.randn(5, 1, generator=draws)
+            ),
+        },
+    )
+    kept, told = store(tmp_path)
+    kept.save(recipe(), mixed, 1.0)
+    loaded = kept.load(recipe())
+    assert loaded is not None
+    assert same(loaded[0], mixed)
+    assert told == []
+    with safe_open(next(tmp_path.iterdir()), "pt") as file:  # any reader of the format
+        found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    assert torch.equal(found["base_model.model.whole.lora_A.weight"], shared[21:].view(3, 5))
+
+
+def test_a_file_of_another_version_is_left_to_it(tmp_path):
+    kept, told = store(tmp_path)
+    kept.save(recipe(), MERGE, 1.0)
+    [path] = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes().replace(b'"lego_format": "2"', b'"lego_format": "9"'))
+    assert kept.load(recipe()) is None
+    assert list(tmp_path.iterdir()) == [path]
+    assert told == []
+
+
+def test_a_file_that_memory_has_no_room_for_stays(tmp_path, monkeypatch):
+    kept, told = store(tmp_path)
+    kept.save(recipe(), MERGE, 1.0)
+    monkeypatch.setattr("lego_core.adapter_files._memory_bytes", lambda: 10)
+    assert kept.load(recipe()) is None
+    assert told == [("errors", "store_read")]
+    monkeypatch.undo()
+    assert kept.load(recipe()) is not None
+
+
 def test_where_the_members_lay_is_without_meaning(tmp_path):
     """Another replica may have them elsewhere: content, weights and configuration count."""
     kept, _ = store(tmp_path)
@@ -104,6 +153,27 @@ def one_bit_flipped(path: Path) -> None:
     path.write_bytes(content)
 
 
+def without_tensors(path: Path) -> None:
+    header = path.read_bytes()[8:]
+    metadata = json.JSONDecoder().raw_decode(header.decode("latin-1"))[0]["__metadata__"]
+    content = json.dumps({"__metadata__": metadata}).encode()
+    path.write_bytes(len(content).to_bytes(8, "little") + content)
+
+
+def without_a_half(path: Path) -> None:
+    """Sound, and right by its own checksum."""
+    modules = dict(MERGE.modules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "vllm_lego.store.peft_tensors",
+            lambda adapter: dict(
+                list(peft_tensors(replace(adapter, modules=modules)).items())[:-1]
+            ),
+        )
+        path.unlink()
+        store(path.parent)[0].save(recipe(), MERGE, 1.0)
+
+
 def foreign(path: Path) -> None:
     """A sound file, of another merge."""
     other, _ = store(path.parent / "other")
@@ -115,7 +185,18 @@ def no_safetensors(path: Path) -> None:
     path.write_bytes(b"\xff" * 1000)
 
 
-@pytest.mark.parametrize("damage", [truncated, emptied, one_bit_flipped, foreign, no_safetensors])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncated,
+        emptied,
+        one_bit_flipped,
+        foreign,
+        no_safetensors,
+        without_tensors,
+        without_a_half,
+    ],
+)
 def test_a_file_that_is_not_the_merge_is_set_aside_and_written_again(tmp_path, damage):
     kept, told = store(tmp_path)
     kept.save(recipe(), MERGE, 1.0)

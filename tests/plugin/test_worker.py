@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +25,12 @@ from lego_core import (
     merge_adapters,
     save_adapter,
 )
+from lego_core.adapter_config import CONFIG_FILE
+from vllm_lego.identity import engine_id
 from vllm_lego.packed import PackedAdapter
 from vllm_lego.recipe import Member, Recipe
 from vllm_lego.settings import Settings
+from vllm_lego.tiers import _READERS
 from vllm_lego.worker import StagingArea
 
 CONFIG = MergeConfig(rank=2)
@@ -228,6 +233,55 @@ def test_host_memory_is_bounded_and_drops_the_least_recently_used(folders):
     assert staging.stage([], "h")["events"] == []
 
 
+def test_a_member_of_several_new_sets_is_read_once(folders):
+    checked = []
+    staging = area(lambda adapter: checked.append(adapter.name), host_cache_bytes=1 << 20)
+    recipes = [recipe_of(folders, f"lego-{i:016x}") for i in (1, 2, 3)]
+    for recipe in recipes:
+        stage(staging, recipe, "h")
+    assert {finished(staging, recipe)["state"] for recipe in recipes} == {"ready"}
+    assert sorted(checked) == ["a", "b"]
+
+
+def test_readers_that_hang_hold_up_no_other_set(folders, tmp_path):
+    hangs, begun = threading.Event(), threading.Semaphore(0)
+
+    def check(adapter: LoraAdapter) -> None:
+        if adapter.name.startswith("slow"):
+            begun.release()
+            hangs.wait(120)
+
+    slow = {f"slow{i}": tmp_path / f"slow{i}" for i in range(8)}
+    for folder in slow.values():
+        shutil.copytree(folders["a"], folder)
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        config["revision"] = folder.name  # another content, or all were one
+        (folder / CONFIG_FILE).write_text(json.dumps(config))
+    staging = area(check)
+    stage(staging, recipe_of(slow), "h")
+    for _ in range(_READERS + 1):  # and the thread of that set
+        assert begun.acquire(timeout=60)
+    assert finished(staging, recipe_of(folders, "lego-0000000000000002"))["state"] == "ready"
+    hangs.set()
+
+
+def test_what_vllm_was_given_is_not_given_again(folders):
+    """It changes what it is given."""
+    staging = StagingArea(
+        torch.device("cpu"),
+        torch.float32,
+        lambda _: None,
+        lambda adapter, number: SimpleNamespace(adapter=adapter, number=number),
+        Settings(host_cache_bytes=0),
+    )
+    recipe = recipe_of(folders)
+    finished(staging, recipe)
+    first, second = staging.take(recipe), staging.take(recipe)
+    assert first is not second
+    assert first.adapter.modules.keys() == second.adapter.modules.keys()
+    assert first.number == second.number == engine_id(recipe.merge_id)
+
+
 def test_the_members_of_a_set_are_read_at_the_same_time(folders):
     together = threading.Barrier(2)  # opens only when two are there at once
     staging = area(lambda _: together.wait(120) and None)
@@ -236,8 +290,8 @@ def test_the_members_of_a_set_are_read_at_the_same_time(folders):
 
 def test_several_threads_make_several_merges_at_a_time(folders):
     together = threading.Barrier(2)  # opens only when two are there at once
-    staging = area(lambda adapter: together.wait(120) if adapter.name == "a" else None)
-    recipes = [recipe_of(folders, f"lego-{i:016x}") for i in (1, 2)]
+    staging = area(lambda _: together.wait(120) and None)
+    recipes = [recipe_of({n: f}, f"lego-{i:016x}") for i, (n, f) in enumerate(folders.items(), 1)]
     for recipe in recipes:
         assert stage(staging, recipe, "h") == PENDING
     assert [finished(staging, recipe)["state"] for recipe in recipes] == ["ready", "ready"]
