@@ -60,7 +60,7 @@ def running(
     ]
     named = ["--lora-modules", *(f"{name}={path}" for name, path in natives.items())]
     (folder,) = {path.parent for path in adapters.values()}
-    for_lego, for_stock = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] if gpus else ({}, {})
+    for_lego, for_stock = [_on(gpu) for gpu in gpus] if gpus else ({}, {})
     lego = ServerProcess(
         both,
         server_environment("lego")
@@ -77,6 +77,11 @@ def running(
         for started in [pool.submit(stack.enter_context, server) for server in (lego, stock)]:
             started.result()
         yield Peers(lego, stock)
+
+
+def _on(gpu: str) -> dict[str, str]:
+    """Name a GPU as nvidia-smi does."""
+    return {"CUDA_VISIBLE_DEVICES": gpu, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 def device_bytes(gpu: str = "0") -> int | None:
