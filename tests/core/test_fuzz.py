@@ -96,6 +96,27 @@ def test_the_forger_can_make_a_sound_file(tmp_path: Path) -> None:
     assert check(write(tmp_path, PAIR)) is not None
 
 
+@pytest.mark.parametrize("dtype", ["F32", "F64"])
+def test_tensors_that_lie_askew(tmp_path: Path, dtype: str) -> None:
+    """A file may have them at any byte; memory that is read as numbers may not."""
+    a, size = torch.arange(4).half() + 1, {"F32": 4, "F64": 8}[dtype]
+    b = (torch.arange(3) + 5).to({"F32": torch.float32, "F64": torch.float64}[dtype])
+    odd = {A_KEY: entry([1, 3], 0, 6, "F16"), B_KEY: entry([3, 1], 6, 6 + 3 * size, dtype)}
+    data = a[:3].numpy().tobytes() + b.numpy().tobytes()
+    config = json.loads(PAIR[CONFIG_FILE]) | {"r": 1}
+    files = {CONFIG_FILE: json.dumps(config).encode(), WEIGHTS_FILE: forged(odd, data)}
+    adapter = check(write(tmp_path, files))
+    assert adapter is not None
+    [module] = adapter.modules.values()
+    assert torch.equal(module.lora_a, a[None, :3])
+    assert torch.equal(module.lora_b, b[:, None])
+
+
+def test_tensors_without_entries(tmp_path: Path) -> None:
+    none = {A_KEY: entry([0, 4], 0, 0), B_KEY: entry([4, 0], 0, 0)}
+    assert check(write(tmp_path, {**PAIR, WEIGHTS_FILE: forged(none, b"")})) is None
+
+
 @pytest.mark.parametrize(
     "change",
     [
