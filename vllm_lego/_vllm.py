@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from lego_core import IncompatibleAdaptersError, LoraAdapter
 from vllm_lego.access import Visible
@@ -181,7 +182,7 @@ def _fill_slots_at_once(manager: Any) -> None:
     def activate_adapter(lora_id: int) -> bool:
         if not is_engine_id(lora_id):
             return bool(stock(lora_id))
-        with writes.noted():
+        with record_function("lego.register"), writes.noted():
             return bool(stock(lora_id))
 
     manager.activate_adapter = activate_adapter

@@ -42,7 +42,7 @@ import torch
 from benchmarks.serving import peers, traffic
 from benchmarks.serving.figures import Figures
 from benchmarks.serving.shapes import SHAPES, write_adapters, write_model
-from benchmarks.serving.tables import IN_HOST, KNOWN, NATIVES, ON_DEVICE, PLAIN, STORED, Comparison
+from benchmarks.serving.tables import KNOWN, NATIVES, ON_DEVICE, PLAIN, STORED, Comparison
 from benchmarks.serving.traffic import Load
 from vllm_lego.demo.model import embedded_model
 
@@ -64,6 +64,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 64, 256], help="in S1")
     parser.add_argument("--joins", type=int, default=8, help="requests that join in S3")
     parser.add_argument("--tokens", type=int, default=128, help="of each prompt and answer")
+    parser.add_argument("--in-host", type=int, default=64, help="adapters that host memory holds")
     parser.add_argument("--sets", type=int, default=1000, help="in S6")
     parser.add_argument("--requests", type=int, default=2000, help="in S6")
     parser.add_argument("--limit-s", type=float, default=1500, help="start nothing after this time")
@@ -75,7 +76,7 @@ def main() -> int:
     if options.smoke:
         options.shape, options.rank, options.rounds = "smollm2", 8, 1
         options.joins, options.tokens, options.streams = 2, 8, [1, 4]
-        options.sets, options.requests = 12, 48
+        options.sets, options.requests, options.in_host = 12, 48, 20
     figures = Figures(options.out, _about(options))
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(_measure(_run(options, figures, Path(folder))))
@@ -128,11 +129,11 @@ async def _measure(run: Run) -> None:
 
 
 async def _compare(run: Run, wanted: Sequence[str]) -> None:
-    rounds = run.options.rounds
-    adapters = run.adapters(KNOWN + 3 * rounds * (run.options.joins + STORED))
+    options, rounds = run.options, run.options.rounds
+    adapters = run.adapters(KNOWN + 3 * rounds * (options.joins + STORED))
     natives = {f"native{i}": path for i, path in enumerate(list(adapters.values())[:NATIVES])}
     unit = _bytes_of(adapters)
-    budgets = {"device": ON_DEVICE * unit, "host": IN_HOST * unit}
+    budgets = {"device": ON_DEVICE * unit, "host": options.in_host * unit}
     settings = {
         "VLLM_LEGO_DEVICE_CACHE_BYTES": str(budgets["device"]),
         "VLLM_LEGO_HOST_CACHE_BYTES": str(budgets["host"]),
@@ -143,7 +144,7 @@ async def _compare(run: Run, wanted: Sequence[str]) -> None:
     with peers.running(
         run.model, natives, adapters, settings, run.arguments, run.options.gpus
     ) as both:
-        async with Comparison(run.options, run.figures, both, adapters, budgets) as comparison:
+        async with Comparison(options, run.figures, both, adapters, budgets) as comparison:
             await comparison.warm_up()
             for _ in range(rounds):
                 for table in wanted:

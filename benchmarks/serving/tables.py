@@ -26,7 +26,6 @@ PLAIN = {"allowed_token_ids": list(range(300, 364))}
 NATIVES = 4  # adapters that stock vLLM loads at its start
 KNOWN = 24  # adapters that sets are made of again and again
 ON_DEVICE = 16  # adapters, members or merges, that the device's budget holds
-IN_HOST = 20  # that host memory's holds
 STORED = 3  # joins of S4 for each place
 _JOINING = 3  # adapters of a set
 
@@ -117,6 +116,7 @@ class Comparison:
     async def _s3(self) -> None:
         lego, stock = self._clients
         joins = self._options.joins
+        await self._join([self._set(i, next(self._weights)) for i in range(0, joins + 2, _JOINING)])
         peer = await self._stall(
             stock, [join_after_loading(f"fresh{next(self._fresh)}", p) for p in self._paths[:joins]]
         )
@@ -124,7 +124,7 @@ class Comparison:
         conditions: dict[str, Sequence[Join]] = {
             "nothing arrives": [],
             "cached sets arrive": [join_with({"adapters": self._set(0)})] * joins,
-            "cold sets arrive": cold,
+            "cold sets arrive": cold,  # of members that are known, as the sets above have them
         }
         if len(self._unseen) >= _JOINING * (joins + STORED):
             conditions["cold sets of new adapters arrive"] = [
@@ -152,7 +152,9 @@ class Comparison:
         await self._join(stored)
         await self._first_token("members on the device", "<= 1.0", self._different(STORED))
         # So many merges that they leave no room to others, neither there nor in host memory.
-        await self._join([self._set(-_JOINING, next(self._weights)) for _ in range(IN_HOST)])
+        await self._join(
+            [self._set(-_JOINING, next(self._weights)) for _ in range(self._options.in_host)]
+        )
         await self._join(self._different(STORED))
         await self._first_token("members in host memory", "<= 1.0", self._different(STORED))
         await self._first_token("in the store", "<= 1.0", stored)
