@@ -1,8 +1,7 @@
-"""Methods that compare the members entry by entry: TIES, DARE and KnOTS.
+"""Methods that compare the members' dense updates entry by entry: TIES and DARE.
 
 They need matrices that inner products do not determine, so they work module after module and cost
-far more than the rest: `ties` and `dare_ties` build each module's dense updates, `knots` one matrix of
-the units' size per member. Chosen for comparison, not for speed.
+far more than the rest. Chosen for comparison, not for speed.
 """
 
 from __future__ import annotations
@@ -63,26 +62,6 @@ def dare_ties(units: Units, config: MergeConfig, dtype: torch.dtype) -> Merged:
             kept = draws < config.density
             deltas.append(delta * kept / config.density)
         return _cut(_elected_mean(torch.stack(deltas)), a, config.rank, name)
-
-    return _module_by_module(units, config.rank, dtype, merge)
-
-
-def knots(units: Units, config: MergeConfig, dtype: torch.dtype) -> Merged:
-    """Bring the updates into a common left basis by SVD, merge the right vectors by TIES, cut to rank k.
-
-    With [D_1 ... D_T] = U S [V_1^T ... V_T^T] member t is U S V_t^T, and the merge U S V^T, where V is the
-    TIES mean of the V_t.
-    """
-
-    def merge(name: str, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG001
-        basis, triangle = torch.linalg.qr(b)  # b = basis @ triangle
-        wide = torch.cat([triangle[:, of] @ a[of] for of in units.group.columns], dim=1)
-        left, values, right = torch.linalg.svd(wide, full_matrices=False)
-        rounding = 16 * torch.finfo(values.dtype).eps * len(values) * values[0]
-        alive = max(1, int((values > rounding).sum()))
-        members = right[:alive].unflatten(1, (len(units.group.columns), -1))
-        merged = ties_mean(members.transpose(0, 1), config.density)
-        return _leading(basis @ (left * values)[:, :alive], merged, config.rank)
 
     return _module_by_module(units, config.rank, dtype, merge)
 

@@ -27,9 +27,10 @@ import torch
 
 from lego_core.cluster import cluster_units
 from lego_core.config import MergeConfig
-from lego_core.elementwise import dare_ties, knots, ties
+from lego_core.elementwise import dare_ties, ties
 from lego_core.errors import ConfigError, IncompatibleAdaptersError
 from lego_core.functions import lego_functions
+from lego_core.knots import knots
 from lego_core.pool import Units, fits_kernels
 from lego_core.reassemble import centroids, fused_centroids, rescaled_to_peaks
 from lego_core.spectral import core_space, svd
