@@ -51,10 +51,6 @@ DTYPES = {
 """The dtypes of LoRA weights by their name in safetensors."""
 
 
-class MemoryShortError(MemoryError):
-    """There is less memory than a file needs; it says how much."""
-
-
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
     """One tensor of a safetensors header; `nbytes` long, after all that come before it."""
@@ -97,8 +93,7 @@ def opened(folder: Path, file: str, name: str) -> Iterator[BinaryIO]:
         reason = getattr(error, "strerror", None) or str(error)
         raise _unreadable(name, file, reason) from error
     except MemoryError as error:
-        reason = str(error) if isinstance(error, MemoryShortError) else "there is not enough memory"
-        raise _unreadable(name, file, reason) from error
+        raise _unreadable(name, file, "there is not enough memory") from error
 
 
 def read_small(folder: Path, file: str, name: str, limit: int = MAX_CONFIG_BYTES) -> bytes:
@@ -202,7 +197,7 @@ def read_tensors(
     keep = {entry.key for entry in entries if wanted(entry)}
     needed, there = sum(e.nbytes for e in entries if e.key in keep), _memory_bytes()
     if there is not None and needed > there:
-        raise MemoryShortError(f"it needs {needed} bytes of memory, {there} are available")
+        raise MemoryError(f"it needs {needed} bytes of memory, {there} are available")
     # In few and large reads: between any two, another thread may take Python's lock.
     memory = np.empty(needed, np.uint8)
     filled = 0

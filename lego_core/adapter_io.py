@@ -162,7 +162,12 @@ def _read_weights(folder: Path, name: str, sha: Any) -> dict[str, torch.Tensor]:
     seen: set[str] = set()
     shards, contents = _weights(folder, name, sha)
     for file, _, content in contents:
-        tensors |= read_tensors(content, file, name, sha, wanted)
+        try:
+            tensors |= read_tensors(content, file, name, sha, wanted)
+        except MemoryError as error:
+            raise AdapterFormatError(
+                f"adapter {name!r}: {file} cannot be read ({error})"
+            ) from error
     if missing := sorted(shards.keys() - seen):
         raise AdapterFormatError(
             f"adapter {name!r}: {shards[missing[0]]} lacks tensor {missing[0]!r}, which "
