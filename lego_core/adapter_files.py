@@ -51,6 +51,10 @@ DTYPES = {
 """The dtypes of LoRA weights by their name in safetensors."""
 
 
+class MemoryShortError(MemoryError):
+    """A file says that it holds more than there is memory: nothing was read."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
     """One tensor of a safetensors header; `nbytes` long, after all that come before it."""
@@ -190,14 +194,15 @@ def read_tensors(
 
     Raises:
         AdapterFormatError: not a sound safetensors file.
-        MemoryError: it is larger than the memory.
+        MemoryShortError: it is larger than the memory.
+        MemoryError: there was less than that in the end.
     """
     size = os.fstat(content.fileno()).st_size
     entries = _read_header(content, size, file, name, sha)
     keep = {entry.key for entry in entries if wanted(entry)}
     needed, there = sum(e.nbytes for e in entries if e.key in keep), _memory_bytes()
     if there is not None and needed > there:
-        raise MemoryError(f"it needs {needed} bytes of memory, {there} are available")
+        raise MemoryShortError(f"it needs {needed} bytes of memory, {there} are available")
     # In few and large reads: between any two, another thread may take Python's lock.
     memory = np.empty(needed, np.uint8)
     filled = 0

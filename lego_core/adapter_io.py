@@ -19,6 +19,7 @@ from lego_core.adapter_files import (
     INDEX_FILE,
     MAX_CONFIG_BYTES,
     WEIGHTS_FILE,
+    MemoryShortError,
     TensorEntry,
     digest_part,
     drain,
@@ -164,7 +165,7 @@ def _read_weights(folder: Path, name: str, sha: Any) -> dict[str, torch.Tensor]:
     for file, _, content in contents:
         try:
             tensors |= read_tensors(content, file, name, sha, wanted)
-        except MemoryError as error:
+        except MemoryShortError as error:
             raise AdapterFormatError(
                 f"adapter {name!r}: {file} cannot be read ({error})"
             ) from error
