@@ -31,7 +31,7 @@ def ties_mean(deltas: torch.Tensor, density: float) -> torch.Tensor:
     Returns:
         Shape [rows, columns].
     """
-    return _elected_mean(torch.stack([_largest(delta, density) for delta in deltas]))
+    return elected_mean(torch.stack([_largest(delta, density) for delta in deltas]))
 
 
 def ties(units: Units, config: MergeConfig, dtype: torch.dtype) -> Merged:
@@ -61,7 +61,7 @@ def dare_ties(units: Units, config: MergeConfig, dtype: torch.dtype) -> Merged:
             )
             kept = draws < config.density
             deltas.append(delta * kept / config.density)
-        return _cut(_elected_mean(torch.stack(deltas)), a, config.rank, name)
+        return _cut(elected_mean(torch.stack(deltas)), a, config.rank, name)
 
     return _module_by_module(units, config.rank, dtype, merge)
 
@@ -112,7 +112,7 @@ def _largest(delta: torch.Tensor, density: float) -> torch.Tensor:
     return torch.where(delta.abs() >= threshold, delta, 0)
 
 
-def _elected_mean(deltas: torch.Tensor) -> torch.Tensor:
+def elected_mean(deltas: torch.Tensor) -> torch.Tensor:
     """Average, entry by entry, the members that are not zero and agree with the sign of the sum."""
     agree = (deltas.sign() == deltas.sum(dim=0).sign()) & (deltas != 0)
     return (deltas * agree).sum(dim=0) / agree.sum(dim=0).clamp_min(1)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from lego_core.config import MergeConfig
+from lego_core.elementwise import elected_mean
 from lego_core.pool import Factors, TorchPool, Units
 from lego_core.spectral import basis
 from lego_core.units import Merged, Moments, refuse_overflow, sum_square
@@ -73,8 +74,7 @@ def _merged(
     members = torch.stack([right[:, :, of] @ a[:, of] for of in columns], dim=1)
     if config.density < 1:
         members = _trimmed(members, alive.sum(dim=1), config.density)
-    agree = (members.sign() == members.sum(dim=1, keepdim=True).sign()) & (members != 0)
-    v = (members * agree).sum(dim=1) / agree.sum(dim=1).clamp_min(1)
+    v = elected_mean(members.transpose(0, 1))
     # The best approximation of U S V^T: U is orthonormal, so that of S V^T.
     squares, turn = torch.linalg.eigh(values[:, :, None] * _gram(v) * values[:, None, :])
     kept = min(config.rank, len(left[0]))
