@@ -32,6 +32,7 @@ from benchmarks.merge.cases import Case, around
 from benchmarks.merge.peers import peers
 from benchmarks.merge.report import draw, table
 from lego_core import LoraAdapter, MergeConfig, merge_adapters
+from lego_core.methods import METHODS
 
 RESULTS = Path(__file__).parents[1] / "results" / "merge"
 PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "peft", "transformers", "vllm-lego")
@@ -41,6 +42,7 @@ def main() -> int:
     """Run the benchmark and write its results."""
     parser = argparse.ArgumentParser(prog="benchmarks.merge", description=__doc__)
     parser.add_argument("--device", help="cpu or cuda; cuda where there is one")
+    parser.add_argument("--method", choices=list(METHODS), default="lego", help="of the merges")
     parser.add_argument("--repeats", type=int, default=20, help="timed merges of each case")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, to see that it runs")
     parser.add_argument(
@@ -65,9 +67,8 @@ def main() -> int:
         _write(file, results)
 
     cases = around(base)[:2] if options.smoke else around(base)
-    _step(
-        deadline, results, cases[0].name, lambda: put("merges", _measure(cases[0], device, repeats))
-    )
+    measure = partial(_measure, method=options.method, device=device, repeats=repeats)
+    _step(deadline, results, cases[0].name, lambda: put("merges", measure(cases[0])))
     _step(deadline, results, "accuracy", lambda: put("accuracy", accuracy(base, device)))
     if device.type == "cpu":
         modules = (
@@ -85,7 +86,7 @@ def main() -> int:
             deadline,
             results,
             case.name,
-            lambda c=case: put("merges", _measure(c, device, repeats)),  # type: ignore[misc]
+            lambda c=case: put("merges", measure(c)),  # type: ignore[misc]
         )
     _write(file, results)
     print(table(results))
@@ -104,10 +105,10 @@ def _step(deadline: float, results: dict[str, Any], name: str, run: Callable[[],
         print(f"left out: {name}: {error}", flush=True)
 
 
-def _measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
+def _measure(case: Case, *, method: str, device: torch.device, repeats: int) -> dict[str, Any]:
     """Time copies of the pool and merges, in alternation after a warm-up."""
     adapters = case.build(device)
-    config = MergeConfig(rank=case.k)
+    config = MergeConfig(method=method, rank=case.k)
     pool = torch.zeros(case.pool_bytes() // 2, dtype=torch.bfloat16, device=device)
     copy_pool = partial(torch.empty_like(pool).copy_, pool)
     for _ in range(3 if device.type == "cuda" else 1):
@@ -127,6 +128,7 @@ def _measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
     copy = statistics.median(copies)
     return {
         "case": case.name,
+        "method": method,
         "model": case.model,
         "adapters": case.adapters,
         "rank": case.rank,

@@ -89,7 +89,7 @@ class Comparison:
 
     async def _s1(self) -> None:
         for streams in self._options.streams:
-            requests = max(4, 2 * streams)
+            requests = max(8, 2 * streams)
             await self._served(
                 "S1",
                 f"{streams} streams",
@@ -214,7 +214,10 @@ class Comparison:
     async def _served(
         self, table: str, case: str, lego: Load, stock: Load, throughput: str, ttft: str
     ) -> None:
-        """Serve a load on each. Who goes first changes with every call."""
+        """Serve a load on each, of what is warm. Who goes first changes with every call."""
+        for client, load in zip(self._clients, (lego, stock), strict=True):
+            for target in load.targets:  # other tables have dropped it, or pushed it out
+                await join_with(target)(client)
         order = [(self._both.lego, lego), (self._both.stock, stock)]
         turn = -1 if next(self._fresh) % 2 else 1
         found = [await traffic.serve(server.url, MODEL, load) for server, load in order[::turn]]
