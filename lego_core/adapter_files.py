@@ -7,7 +7,6 @@ of the tensors that are kept, the header (at most `MAX_HEADER_BYTES`) and one bl
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 
 from lego_core.adapter_config import parse_json_object, shown
+from lego_core.digest import BLOCK_BYTES, Digest
 from lego_core.errors import AdapterFormatError, AdapterNotFoundError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -35,7 +35,7 @@ PICKLE_HINT = (
 )
 MAX_CONFIG_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 25
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 4 * BLOCK_BYTES
 
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -155,9 +155,10 @@ def parse_index(content: bytes, name: str) -> Mapping[str, str]:
     return shards
 
 
-def start_digest(config: bytes) -> Any:
-    """Start a SHA-256 of both files; the length keeps the border between them unambiguous."""
-    sha = hashlib.sha256(len(config).to_bytes(8, "big"))
+def start_digest(config: bytes) -> Digest:
+    """Start a digest of both files; the length keeps the border between them unambiguous."""
+    sha = Digest()
+    sha.update(len(config).to_bytes(8, "big"))
     sha.update(config)
     return sha
 
@@ -173,10 +174,11 @@ def digest_part(sha: Any, name: str, size: int) -> None:
 
 def drain(content: BinaryIO, size: int, sha: Any) -> int:
     """Hash at most `size` bytes that nobody needs; return how many there were."""
+    block = memoryview(bytearray(min(size, _BLOCK_BYTES)))
     left = size
-    while left and (block := content.read(min(left, _BLOCK_BYTES))):
-        sha.update(block)
-        left -= len(block)
+    while left and (count := content.readinto(block[:left])):  # type: ignore[attr-defined]
+        sha.update(block[:count])
+        left -= count
     return size - left
 
 

@@ -127,6 +127,8 @@ class MergeConfig:
             if value is None:
                 raise ConfigError(f"{name} is None; leave it out for its default", param=name)
         defaults = defaults or cls()
+        if not fields:
+            return defaults
         if fields.get("method", defaults.method) != defaults.method:
             return cls(**{"rank": defaults.rank, **fields})
         return dataclasses.replace(defaults, **fields)

@@ -24,7 +24,7 @@ import uuid
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -284,7 +284,11 @@ class _NativeAdapters(Mapping[str, str]):
         path = self._lora_requests[name].lora_path
         if path.startswith(SCHEME):
             raise KeyError(name)
-        return str(Path(path).expanduser().absolute())
+        return _absolute(path)
+
+    def __contains__(self, name: object) -> bool:
+        request = self._lora_requests.get(name)  # type: ignore[call-overload]
+        return request is not None and not request.lora_path.startswith(SCHEME)
 
     def __iter__(self) -> Iterator[str]:
         return (
@@ -295,6 +299,11 @@ class _NativeAdapters(Mapping[str, str]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+@lru_cache(4096)  # as often asked for as there are requests
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
 
 
 class Engine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from vllm_lego.access import Access
 from vllm_lego.adapter_set import shown
 from vllm_lego.errors import UnknownAdapterError, UnmergeableError
 from vllm_lego.settings import Settings, variable_name
-from vllm_lego.sources import AdapterFolder, HubAdapters, HubAllowList, is_read
+from vllm_lego.sources import CLOCK_TICK_S, AdapterFolder, HubAdapters, HubAllowList, is_read
 
 logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
 
@@ -75,7 +76,9 @@ class Catalog:
         self._known: LRUCache[_Key, CatalogEntry] = LRUCache(_REMEMBERED)
         self._files = files
         self._reading: dict[_Key, asyncio.Future[CatalogEntry]] = {}
-        self._stamping: dict[str, asyncio.Future[_Stamp | None]] = {}
+        self._stamps: LRUCache[str, tuple[float, asyncio.Future[_Stamp | None]]] = LRUCache(
+            _REMEMBERED
+        )
 
     @classmethod
     def of(
@@ -107,7 +110,7 @@ class Catalog:
 
     def is_named(self, name: str) -> bool:
         """Whether the operator named or allowed it, whoever asks, as of the last `refresh`."""
-        return name in self._served or self._in_folder(name) is not None or self._is_on_hub(name)
+        return self._here(name) is not None or self._is_on_hub(name)
 
     def is_native(self, name: str) -> bool:
         """Whether vLLM serves it itself."""
@@ -173,14 +176,20 @@ class Catalog:
             UnmergeableError: files are missing or not a mergeable adapter.
             BusyError: an adapter did not come from the hub.
         """
+        names = list(names)
+        for name in names:  # while the folder is looked at; all that a warm set waits for
+            if self._access.may_name(name) and (path := self._here(name)) is not None:
+                self._stamp(path)
         names = await self.check_names(names, param=param)
         here = {name: path for name in names if (path := self._here(name)) is not None}
         if absent := [name for name in names if name not in here]:
             fetched = await asyncio.gather(*(self._from_hub(name, param) for name in absent))
             here |= dict(zip(absent, fetched, strict=True))
-        # Futures, not coroutines, of which the loop makes tasks: this is all that a warm set waits for.
-        stamps = await asyncio.gather(*(self._stamp(here[name]) for name in names))
-        keys = [(name, here[name], stamp) for name, stamp in zip(names, stamps, strict=True)]
+        stamps = [(name, self._stamp(here[name])) for name in names]
+        keys = [
+            (name, here[name], stamp.result() if stamp.done() else await asyncio.shield(stamp))
+            for name, stamp in stamps
+        ]
         found = {key: self._known[key] for key in keys if key in self._known}
         if unread := [key for key in keys if key not in found]:
             try:
@@ -209,7 +218,7 @@ class Catalog:
         return self._hub is not None and self._hub.allows(name) and not self._is_base_model(name)
 
     def _here(self, name: str) -> str | None:
-        return self._served.get(name) or self._in_folder(name)
+        return self._served[name] if name in self._served else self._in_folder(name)
 
     async def _from_hub(self, name: str, param: str) -> str:
         if self._hub is None:
@@ -217,13 +226,17 @@ class Catalog:
         return await self._hub.folder(name, param=param)
 
     def _stamp(self, path: str) -> asyncio.Future[_Stamp | None]:
-        """Stamp a folder, once for all who ask meanwhile: one that does not answer holds one thread."""
-        stamping = self._stamping.get(path)
-        if stamping is None:
+        """Stamp a folder, once for all who ask meanwhile: one that does not answer holds one thread.
+
+        A stamp younger than a tick of the file system's clock is as good as another.
+        """
+        asked, stamp = self._stamps.get(path) or (0.0, None)
+        now = time.monotonic()
+        if stamp is None or (stamp.done() and now - asked > CLOCK_TICK_S):
             loop = asyncio.get_running_loop()
-            stamping = self._stamping[path] = loop.run_in_executor(self._files, _stamp, path)
-            stamping.add_done_callback(lambda _: self._stamping.pop(path))
-        return asyncio.shield(stamping)
+            stamp = loop.run_in_executor(self._files, _stamp, path)
+            self._stamps[path] = now, stamp
+        return stamp
 
     def _read(self, key: _Key) -> asyncio.Future[CatalogEntry]:
         """Read an adapter's files, once for all who ask meanwhile."""

@@ -33,7 +33,8 @@ from vllm_lego.settings import SettingsError, variable_name
 logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
 
 _FRESH_S = 1.0
-_CLOCK_TICK_NS = 20_000_000  # file systems stamp with clocks that stand still for so long
+CLOCK_TICK_S = 0.02
+"""File systems stamp with clocks that stand still for so long: no look sees what is younger."""
 _DOWNLOADS = 2
 _WAITING_DOWNLOADS = 16
 _FAILURES, _FAILED_FOR_S = 1024, 10.0
@@ -62,6 +63,7 @@ class _Look:
     """A look at a folder: into every subfolder or not, whether it has begun, and the end of it."""
 
     thorough: bool = False
+    asked: float = 0.0  # time.monotonic
     begun: bool = False
     answer: asyncio.Future[None] | None = None
 
@@ -102,13 +104,16 @@ class AdapterFolder:
         after that within a second, by thorough looks.
         """
         look = self._look
+        now = time.monotonic()
+        # One that has not begun is shared with whoever asked first, and so is a young one.
+        shared = not look.begun or (not thorough and now - look.asked < CLOCK_TICK_S)
         answer = look.answer
-        # One that has not begun is shared with whoever asked first.
-        if answer is None or look.begun or thorough > look.thorough:
-            look = self._look = _Look(thorough)
+        if answer is None or not shared or thorough > look.thorough:
+            look = self._look = _Look(thorough, now)
             loop = asyncio.get_running_loop()
             answer = look.answer = loop.run_in_executor(self._thread, self._refresh, look)
-        await asyncio.shield(answer)
+        if not answer.done():
+            await asyncio.shield(answer)
 
     def _refresh(self, look: _Look) -> None:
         look.begun = True
@@ -122,7 +127,7 @@ class AdapterFolder:
         stale = look.thorough and time.monotonic() - self._seen_at > _FRESH_S
         if seen != self._seen or stale:
             self._seen_at = time.monotonic()
-            settled = abs(time.time_ns() - now.st_mtime_ns) > _CLOCK_TICK_NS
+            settled = abs(time.time_ns() - now.st_mtime_ns) > CLOCK_TICK_S * 1e9
             self.adapters = self._scan()
             self._seen = seen if settled else None
 

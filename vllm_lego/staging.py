@@ -17,7 +17,8 @@ Answer = dict[str, Any]
 """What one worker answers; see `StagingArea.stage`."""
 
 _FIRST_POLL_S = 0.005
-_SLOWEST_POLL_S = 0.05
+_SLOWEST_POLL_S = 0.02
+_GROWTH = 1.25  # what a merge waits for the next question is a small part of what it took
 
 
 class Stager:
@@ -86,4 +87,4 @@ class Stager:
                 await asyncio.wait_for(self._news.wait(), pause)
                 pause = _FIRST_POLL_S
                 continue
-            pause = min(pause * 1.5, _SLOWEST_POLL_S)
+            pause = min(pause * _GROWTH, _SLOWEST_POLL_S)

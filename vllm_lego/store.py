@@ -7,7 +7,6 @@ other servers may share it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from lego_core import LegoError, LoraAdapter, LoraModule
 from lego_core.adapter import shared_memory
 from lego_core.adapter_files import DTYPES, read_tensors
 from lego_core.adapter_save import PREFIX
+from lego_core.digest import Digest
 from vllm_lego.identity import MERGE_ID
 from vllm_lego.packed import EMBEDDING_HALVES, LINEAR_HALVES, peft_tensors
 from vllm_lego.recipe import Recipe
@@ -35,7 +35,7 @@ _SUFFIX = ".safetensors"
 _UNFINISHED, _BROKEN = ".unfinished", ".broken"
 _FORGOTTEN_AFTER_S = 3600.0
 _MAX_HEADER_BYTES = 64 << 20
-_FORMAT = "2"  # to be raised when what is written below changes
+_FORMAT = "3"  # to be raised when what is written below changes
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -239,7 +239,7 @@ def _format(recipe: Recipe, adapter: LoraAdapter, fidelity: float) -> list[memor
             "lego_format": _FORMAT,
             "lego_recipe": recipe.encode(),
             "lego_fidelity": repr(fidelity),
-            "lego_sha256": _checksum(tensors, recipe),
+            "lego_checksum": _checksum(tensors, recipe),
         }
     }
     end = 0
@@ -274,7 +274,7 @@ def _parse(file: BinaryIO, max_bytes: int, recipe: Recipe) -> tuple[LoraAdapter,
         # Not by the library, which copies the whole file while no other thread gets to run.
         tensors = read_tensors(file, "its file", recipe.merge_id, _Unhashed(), lambda _: True)
         fidelity = float(metadata["lego_fidelity"])
-        if _checksum(tensors, stored) != metadata.get("lego_sha256"):
+        if _checksum(tensors, stored) != metadata.get("lego_checksum"):
             raise _NotThisMergeError("its checksum is wrong")
         modules: dict[str, LoraModule] = {}
         for name, lora_a in sorted(tensors.items()):
@@ -314,9 +314,10 @@ def _recipe_of(metadata: dict[str, str]) -> Recipe:
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor], recipe: Recipe) -> str:
-    """Return a SHA-256 (hex) over the recipe, names, dtypes, shapes and bytes of tensors, in order."""
+    """Return a digest (hex) of the recipe, names, dtypes, shapes and bytes of tensors, in order."""
     described = [f"{name} {tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items()]
-    sha = hashlib.sha256(json.dumps([recipe.encode(), *described]).encode())
+    sha = Digest()
+    sha.update(json.dumps([recipe.encode(), *described]).encode())
     for content in _contents(tensors):
         sha.update(content)
     return sha.hexdigest()

@@ -16,7 +16,8 @@ the same rank, on all linear layers; sets are of three. A ratio is plugin / stoc
     S5   requests that name no set
     S6   sets drawn by Zipf's law (s = 1), against as many single adapters that stock vLLM holds in
          host memory, by the same law; only when asked for, it starts servers of its own
-    S8   memory that the plugin has taken by the end, against its budgets
+    S8   memory that the plugin has taken by the end, against its budgets; on the device, and what
+         merges being made take, as deploy/SIZING.md has it
 
 S7, a merge alone, is `python -m benchmarks.merge`.
 """
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import platform
 import random
@@ -42,9 +44,19 @@ import torch
 from benchmarks.serving import peers, traffic
 from benchmarks.serving.figures import Figures
 from benchmarks.serving.shapes import SHAPES, write_adapters, write_model
-from benchmarks.serving.tables import KNOWN, NATIVES, ON_DEVICE, PLAIN, STORED, Comparison
+from benchmarks.serving.tables import (
+    JOINING,
+    KNOWN,
+    NATIVES,
+    ON_DEVICE,
+    PLAIN,
+    STORED,
+    Comparison,
+)
 from benchmarks.serving.traffic import Load
+from deploy.sizing import Model
 from vllm_lego.demo.model import embedded_model
+from vllm_lego.settings import Settings
 
 RESULTS = Path(__file__).parents[1] / "results" / "serving"
 DEFAULT = ("S1", "S2", "S3", "S4", "S5", "S8")
@@ -139,6 +151,10 @@ async def _compare(run: Run, wanted: Sequence[str]) -> None:
         "VLLM_LEGO_HOST_CACHE_BYTES": str(budgets["host"]),
         "VLLM_LEGO_STORE_DIR": str(run.folder / "store"),
     }
+    shape = Model.of(json.loads((run.model / "config.json").read_text()))
+    budgets["device"] += Settings().merge_threads * shape.merging(
+        JOINING, options.rank, tuple(shape.linears)
+    )
     if not torch.cuda.is_available():
         budgets["host"] += budgets["device"]  # it is the same memory
     with peers.running(

@@ -27,7 +27,7 @@ NATIVES = 4  # adapters that stock vLLM loads at its start
 KNOWN = 24  # adapters that sets are made of again and again
 ON_DEVICE = 16  # adapters, members or merges, that the device's budget holds
 STORED = 3  # joins of S4 for each place
-_JOINING = 3  # adapters of a set
+JOINING = 3  # adapters of a set
 
 
 class Comparison:
@@ -116,7 +116,7 @@ class Comparison:
     async def _s3(self) -> None:
         lego, stock = self._clients
         joins = self._options.joins
-        await self._join([self._set(i, next(self._weights)) for i in range(0, joins + 2, _JOINING)])
+        await self._join([self._set(i, next(self._weights)) for i in range(0, joins + 2, JOINING)])
         peer = await self._stall(
             stock, [join_after_loading(f"fresh{next(self._fresh)}", p) for p in self._paths[:joins]]
         )
@@ -126,9 +126,9 @@ class Comparison:
             "cached sets arrive": [join_with({"adapters": self._set(0)})] * joins,
             "cold sets arrive": cold,  # of members that are known, as the sets above have them
         }
-        if len(self._unseen) >= _JOINING * (joins + STORED):
+        if len(self._unseen) >= JOINING * (joins + STORED):
             conditions["cold sets of new adapters arrive"] = [
-                join_with({"adapters": [self._unseen.pop() for _ in range(_JOINING)]})
+                join_with({"adapters": [self._unseen.pop() for _ in range(JOINING)]})
                 for _ in range(joins)
             ]
         for case, joining in conditions.items():
@@ -153,13 +153,13 @@ class Comparison:
         await self._first_token("members on the device", "<= 1.0", self._different(STORED))
         # So many merges that they leave no room to others, neither there nor in host memory.
         await self._join(
-            [self._set(-_JOINING, next(self._weights)) for _ in range(self._options.in_host)]
+            [self._set(-JOINING, next(self._weights)) for _ in range(self._options.in_host)]
         )
         await self._join(self._different(STORED))
         await self._first_token("members in host memory", "<= 1.0", self._different(STORED))
         await self._first_token("in the store", "<= 1.0", stored)
-        if len(self._unseen) >= _JOINING * STORED:
-            new = [[self._unseen.pop() for _ in range(_JOINING)] for _ in range(STORED)]
+        if len(self._unseen) >= JOINING * STORED:
+            new = [[self._unseen.pop() for _ in range(JOINING)] for _ in range(STORED)]
             await self._first_token("members on disk", "<= 1.5", new)
 
     async def _s5(self) -> None:
@@ -182,12 +182,12 @@ class Comparison:
 
     def _set(self, first: int, weight: float = 1.0) -> list[Any]:
         """Three known adapters that follow each other; weights make sets new."""
-        names = [self._known[(first + i) % KNOWN] for i in range(_JOINING)]
+        names = [self._known[(first + i) % KNOWN] for i in range(JOINING)]
         return [{"name": names[0], "weight": weight}, *names[1:]]
 
     def _different(self, count: int) -> list[list[Any]]:
         """Sets that have no member in common, never asked for before."""
-        return [self._set(_JOINING * i, next(self._weights)) for i in range(count)]
+        return [self._set(JOINING * i, next(self._weights)) for i in range(count)]
 
     async def _join(self, sets: Sequence[Sequence[Any]]) -> None:
         for one in sets:

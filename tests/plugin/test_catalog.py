@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lego_core.adapter_files import INDEX_FILE, WEIGHTS_FILE
 from vllm_lego import catalog
 from vllm_lego.catalog import Catalog, CatalogEntry
 from vllm_lego.errors import UnknownAdapterError, UnmergeableError
+from vllm_lego.sources import CLOCK_TICK_S
 
 
 def saved(folder: Path, value: float = 1.0) -> Path:
@@ -68,6 +70,7 @@ def test_files_are_read_once_and_again_when_one_of_them_changes(tmp_path, read, 
     replacement = tmp_path / "replacement"
     save_file(tensors, replacement)
     replacement.replace(weights)
+    time.sleep(CLOCK_TICK_S)  # no look sees a change that is younger
     assert looked_up(adapters, "a").digest != first.digest
     assert read == ["a", "a"]
 
@@ -78,7 +81,25 @@ def test_a_file_that_took_the_place_of_shards_is_noticed(tmp_path):
     first = looked_up(adapters, "a")
     saved(tmp_path / "b", 2.0)
     (tmp_path / "b" / WEIGHTS_FILE).rename(folder / WEIGHTS_FILE)
+    time.sleep(CLOCK_TICK_S)
     assert looked_up(adapters, "a").digest != first.digest
+
+
+def test_who_asks_within_a_tick_shares_one_look(tmp_path, monkeypatch):
+    looks = []
+    stamp = catalog._stamp
+    monkeypatch.setattr(catalog, "CLOCK_TICK_S", 1000.0)
+    monkeypatch.setattr(catalog, "_stamp", lambda path: (looks.append(path), stamp(path))[1])
+    adapters = Catalog({name: str(saved(tmp_path / name)) for name in "ab"})
+
+    async def scenario():
+        both = [adapters.look_up("ab", param="adapters") for _ in range(64)]
+        found = await asyncio.gather(*both)
+        found.append(await adapters.look_up("ab", param="adapters"))
+        assert all(entries == found[0] for entries in found)
+
+    asyncio.run(scenario())
+    assert sorted(looks) == sorted(str(tmp_path / name) for name in "ab")
 
 
 def test_what_could_be_a_hub_repository_is_a_folder_all_the_same(tmp_path, monkeypatch):

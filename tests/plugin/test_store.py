@@ -115,7 +115,7 @@ def test_a_file_of_another_version_is_left_to_it(tmp_path):
     kept, told = store(tmp_path)
     kept.save(recipe(), MERGE, 1.0)
     [path] = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes().replace(b'"lego_format": "2"', b'"lego_format": "9"'))
+    path.write_bytes(path.read_bytes().replace(b'"lego_format": "3"', b'"lego_format": "9"'))
     assert kept.load(recipe()) is None
     assert list(tmp_path.iterdir()) == [path]
     assert told == []

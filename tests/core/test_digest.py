@@ -1,0 +1,71 @@
+"""The digest of content: against one formed in one go, for any pieces, by several threads."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lego_core import digest
+from lego_core.digest import Digest
+
+BLOCK = 7
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    monkeypatch.setattr(digest, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(digest, "_THREADS", 4)
+
+
+def reference(content: bytes) -> str:
+    whole = len(content) // BLOCK * BLOCK
+    blocks = [content[i : i + BLOCK] for i in range(0, whole, BLOCK)] + [content[whole:]]
+    hashes = b"".join(hashlib.sha256(block).digest() for block in blocks)
+    return hashlib.sha256(hashes + len(content).to_bytes(8, "big")).hexdigest()
+
+
+def digested(pieces: list[bytes]) -> str:
+    found = Digest()
+    for piece in pieces:
+        found.update(piece)
+    return found.hexdigest()
+
+
+@given(st.lists(st.binary(max_size=5 * BLOCK), max_size=8))
+def test_pieces_of_any_size_have_the_digest_of_the_whole(pieces):
+    assert digested(pieces) == reference(b"".join(pieces))
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 9 * BLOCK, 9 * BLOCK + 3])
+def test_bytes_in_other_places_have_another_digest(size):
+    content = bytes(range(size))
+    others = {content[::-1], content + b"\0", b"\0" + content, content[BLOCK:] + content[:BLOCK]}
+    for other in others - {content}:
+        assert digested([other]) != digested([content])
+
+
+def test_asking_in_between_changes_nothing():
+    found = Digest()
+    found.update(b"x" * (2 * BLOCK + 3))
+    assert found.hexdigest() == found.hexdigest() == reference(b"x" * (2 * BLOCK + 3))
+    found.update(b"y" * BLOCK)
+    assert found.hexdigest() == reference(b"x" * (2 * BLOCK + 3) + b"y" * BLOCK)
+
+
+def test_a_forked_process_has_threads_of_its_own():
+    content = b"x" * (9 * BLOCK)
+    expected = digested([content])  # its threads are here now
+    context = multiprocessing.get_context("fork")
+    receiving, sending = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: sending.send(digested([content])))
+    child.start()
+    try:
+        assert receiving.poll(30)
+        assert receiving.recv() == expected
+    finally:
+        child.kill()
+        child.join()
