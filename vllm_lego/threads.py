@@ -7,6 +7,8 @@ import os
 import sys
 import threading
 
+import torch
+
 logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
 
 _NICENESS = 10
@@ -23,7 +25,12 @@ def hand_over_soon() -> None:
 
 
 def yield_to_the_engine() -> None:
-    """Give a thread that merges or reads a lower scheduling priority than the engine's threads."""
+    """Give a thread that merges or reads a lower scheduling priority than the engine's threads.
+
+    And no helpers: PyTorch would give each such thread one for every core, to copy an adapter or look
+    for NaN in it, which keep the cores busy while they wait for the next such work.
+    """
+    torch.set_num_threads(1)  # for this thread alone, and those that are yet to compute anything
     try:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
     except OSError as error:  # a container may forbid it; then the kernel shares fairly

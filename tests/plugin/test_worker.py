@@ -115,6 +115,16 @@ def test_staging_never_waits_and_merges_once(folders):
     assert sorted(checked) == ["a", "b"]
 
 
+def test_threads_that_read_and_merge_have_no_helpers(folders):
+    torch.set_num_threads(2)
+    helped = []
+    staging = area(lambda _: helped.append((threading.get_ident(), torch.get_num_threads())))
+    assert finished(staging, recipe_of(folders))["state"] == "ready"
+    assert [count for _, count in helped] == [1, 1]
+    assert threading.get_ident() not in {thread for thread, _ in helped}
+    assert torch.get_num_threads() == 2  # the engine's thread keeps its own
+
+
 def test_one_given_up_in_the_middle_is_joined_by_whoever_asks_again(folders):
     gate, checked = threading.Event(), []
 
