@@ -27,7 +27,8 @@ from vllm_lego.settings import Settings
 from vllm_lego.store import MergeStore
 from vllm_lego.threads import yield_to_the_engine
 
-_READERS = 4  # members that are read beside those that the staging threads read
+READERS = 4
+"""Members that are read at the same time, beside those that the staging threads read."""
 _EVENTS = 10_000  # told of at the next poll; nobody polls only while nothing happens
 
 
@@ -73,9 +74,7 @@ class Tiers:
         self._memory = memory
         self._writes = writes
         self._lock = threading.Lock()
-        self._readers = ThreadPoolExecutor(
-            _READERS, "lego-reading", initializer=yield_to_the_engine
-        )
+        self._readers = ThreadPoolExecutor(READERS, "lego-reading", initializer=yield_to_the_engine)
         self._turns: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
         self._events: deque[tuple[str, str, float]] = deque(maxlen=_EVENTS)
         self._host = _Noticing(settings.host_cache_bytes, self._evicted)

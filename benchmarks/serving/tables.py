@@ -19,6 +19,7 @@ from benchmarks.serving.figures import Figures
 from benchmarks.serving.load import Join, Streams, join_after_loading, join_with, measure
 from benchmarks.serving.peers import MODEL, Peers, device_bytes, resident_bytes
 from benchmarks.serving.traffic import Load
+from vllm_lego.demo.server import ServerProcess
 
 # Random weights go round in circles among broken bytes, which vLLM's detokenizer holds back and
 # decodes again and again: words and parts of words in ASCII only.
@@ -85,11 +86,11 @@ class Comparison:
         for weight in (1.0, 0.5):
             await join_with({"adapters": self._set(0, weight)})(self._clients[0])
         await join_with({"model": "native0"})(self._clients[1])
-        self._before = self._taken()
+        self._before = self._in_use(self._both.stock)
 
     async def _s1(self) -> None:
         for streams in self._options.streams:
-            requests = max(8, 2 * streams)
+            requests = max(8, 2 * streams, min(8 * streams, 256))
             await self._served(
                 "S1",
                 f"{streams} streams",
@@ -169,16 +170,10 @@ class Comparison:
             await self._served("S5", f"{streams} streams", load, load, throughput, ttft)
 
     async def _s8(self) -> None:
-        for what, taken in self._taken().items():
-            measures = {
-                "taken; peer: the budget": (
-                    "bytes",
-                    "<= 1.0",
-                    taken - self._before[what],
-                    self._budgets[what],
-                )
-            }
-            self._figures.add("S8", what, measures)
+        for what, in_use in self._in_use(self._both.lego).items():
+            taken = in_use - self._before[what]
+            measure = {"taken; peer: the budget": ("bytes", "<= 1.0", taken, self._budgets[what])}
+            self._figures.add("S8", what, measure)
 
     def _set(self, first: int, weight: float = 1.0) -> list[Any]:
         """Three known adapters that follow each other; weights make sets new."""
@@ -247,9 +242,10 @@ class Comparison:
         ]
         return float(value)
 
-    def _taken(self) -> dict[str, int]:
+    def _in_use(self, server: ServerProcess) -> dict[str, int]:
+        """Return the host memory of a server, and that of the device that the plugin's runs on."""
         device = device_bytes((self._options.gpus or ["0"])[0])
-        host = {"host": resident_bytes(self._both.lego)}
+        host = {"host": resident_bytes(server)}
         return host if device is None else {**host, "device": device}
 
 

@@ -30,7 +30,7 @@ from vllm_lego.identity import engine_id
 from vllm_lego.packed import PackedAdapter
 from vllm_lego.recipe import Member, Recipe
 from vllm_lego.settings import Settings
-from vllm_lego.tiers import _READERS
+from vllm_lego.tiers import READERS
 from vllm_lego.worker import StagingArea
 
 CONFIG = MergeConfig(rank=2)
@@ -269,7 +269,7 @@ def test_readers_that_hang_hold_up_no_other_set(folders, tmp_path):
         (folder / CONFIG_FILE).write_text(json.dumps(config))
     staging = area(check)
     stage(staging, recipe_of(slow), "h")
-    for _ in range(_READERS + 1):  # and the thread of that set
+    for _ in range(READERS + 1):  # and the thread of that set
         assert begun.acquire(timeout=60)
     assert finished(staging, recipe_of(folders, "lego-0000000000000002"))["state"] == "ready"
     hangs.set()
