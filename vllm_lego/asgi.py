@@ -19,6 +19,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 _Entered = TypeVar("_Entered")
 
+_WATCHED_AFTER_S = 0.02
+
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes | None:
     """Read the whole body, or None when the client leaves meanwhile.
@@ -61,7 +63,8 @@ async def enter_unless_left(
 ) -> _Entered:
     """Enter a context that may be long in coming, for a request whose body has been read.
 
-    An ASGI server cancels nothing when a client leaves; it says so to whoever asks.
+    An ASGI server cancels nothing when a client leaves; it says so to whoever asks. Nobody asks before
+    it has taken a while: most contexts are entered at once.
 
     Raises:
         ClientLeftError: it left meanwhile; the entering was cancelled.
@@ -75,16 +78,24 @@ async def enter_unless_left(
             waiting.cancel()
         return left
 
-    watching = asyncio.create_task(watch())
+    watching: asyncio.Task[bool] | None = None
+
+    def begin() -> None:
+        nonlocal watching
+        watching = asyncio.create_task(watch())
+
+    later = asyncio.get_running_loop().call_later(_WATCHED_AFTER_S, begin)
     try:
         return await stack.enter_async_context(context)
     except asyncio.CancelledError:
-        left = watching.done() and watching.result()
+        left = watching is not None and watching.done() and watching.result()
         if left and not waiting.uncancel():  # else the server ends as well
             raise ClientLeftError from None
         raise
     finally:
-        watching.cancel()
+        later.cancel()
+        if watching is not None:
+            watching.cancel()
 
 
 def header(scope: Scope, name: bytes) -> bytes:
