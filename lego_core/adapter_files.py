@@ -2,7 +2,7 @@
 
 A mapped file that somebody truncates kills the process with SIGBUS, and the engine reads these
 files while it serves. So they are read, straight into the tensors' memory: loading needs the size
-of the tensors that are kept, the header (at most `MAX_HEADER_BYTES`) and one block.
+of the tensors that are kept, the header (at most `MAX_HEADER_BYTES`) and 32 MiB.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PICKLE_HINT = (
 )
 MAX_CONFIG_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 25
-_BLOCK_BYTES = 4 * BLOCK_BYTES
+_BYTES_AT_ONCE = 8 * BLOCK_BYTES
 
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -156,11 +156,8 @@ def parse_index(content: bytes, name: str) -> Mapping[str, str]:
 
 
 def start_digest(config: bytes) -> Digest:
-    """Start a digest of both files; the length keeps the border between them unambiguous."""
-    sha = Digest()
-    sha.update(len(config).to_bytes(8, "big"))
-    sha.update(config)
-    return sha
+    """Start a digest of both files."""
+    return Digest(config)
 
 
 def digest_part(sha: Any, name: str, size: int) -> None:
@@ -174,7 +171,7 @@ def digest_part(sha: Any, name: str, size: int) -> None:
 
 def drain(content: BinaryIO, size: int, sha: Any) -> int:
     """Hash at most `size` bytes that nobody needs; return how many there were."""
-    block = memoryview(bytearray(min(size, _BLOCK_BYTES)))
+    block = memoryview(bytearray(min(size, _BYTES_AT_ONCE)))
     left = size
     while left and (count := content.readinto(block[:left])):  # type: ignore[attr-defined]
         sha.update(block[:count])

@@ -1,4 +1,4 @@
-"""SHA-256 of what is too large for one thread: of blocks, and then of their hashes."""
+"""A digest of what is too large for one thread: SHA-256 of blocks, and then of their hashes."""
 
 from __future__ import annotations
 
@@ -9,18 +9,24 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 BLOCK_BYTES = 4 << 20
-_THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))
+"""Part of every digest: another size gives adapters, and so merges, other names."""
+
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_THREADS = max(1, min(8, _CORES // 2))
 
 
 class Digest:
-    """A tree of one level: SHA-256 over the SHA-256s of blocks of `BLOCK_BYTES`, and the length.
+    """A tree of one level: SHA-256 over a prefix, the SHA-256s of blocks, and the length.
 
     Fed in pieces of any size, as one of hashlib's. A piece of several blocks is hashed by several
-    threads, and the last block may be shorter than the others.
+    threads. All blocks have `BLOCK_BYTES` but the last, which may be shorter or empty.
+
+    Args:
+        prefix: what the digest is of besides; it shifts no block.
     """
 
-    def __init__(self) -> None:
-        self._blocks = hashlib.sha256()
+    def __init__(self, prefix: bytes = b"") -> None:
+        self._tree = hashlib.sha256(len(prefix).to_bytes(8, "big") + prefix)
         self._last = hashlib.sha256()
         self._last_bytes = 0
         self._size = 0
@@ -33,12 +39,12 @@ class Digest:
             view = self._extend_last(view)
         whole = len(view) // BLOCK_BYTES * BLOCK_BYTES
         for found in _hashed([view[i : i + BLOCK_BYTES] for i in range(0, whole, BLOCK_BYTES)]):
-            self._blocks.update(found)
+            self._tree.update(found)
         self._extend_last(view[whole:])
 
     def hexdigest(self) -> str:
         """Return 64 hex digits for what was added until now."""
-        tree = self._blocks.copy()
+        tree = self._tree.copy()
         tree.update(self._last.digest() + self._size.to_bytes(8, "big"))
         return tree.hexdigest()
 
@@ -48,13 +54,18 @@ class Digest:
         self._last.update(part)
         self._last_bytes += len(part)
         if self._last_bytes == BLOCK_BYTES:
-            self._blocks.update(self._last.digest())
+            self._tree.update(self._last.digest())
             self._last, self._last_bytes = hashlib.sha256(), 0
         return view[len(part) :]
 
 
 def _hashed(blocks: Sequence[memoryview]) -> Iterable[bytes]:
-    return map(_hash, blocks) if len(blocks) < 2 or _THREADS < 2 else _threads().map(_hash, blocks)
+    if len(blocks) > 1 and _THREADS > 1:
+        try:
+            return _threads().map(_hash, blocks)
+        except RuntimeError:  # the process ends, or may have no more threads
+            pass
+    return map(_hash, blocks)
 
 
 def _hash(block: memoryview) -> bytes:
@@ -63,7 +74,6 @@ def _hash(block: memoryview) -> bytes:
 
 @cache
 def _threads() -> ThreadPoolExecutor:
-    """Return the threads, made by their first user, whose priority they inherit on Linux."""
     return ThreadPoolExecutor(_THREADS, thread_name_prefix="lego-hashing")
 
 

@@ -18,7 +18,7 @@ from vllm_lego.access import Access
 from vllm_lego.adapter_set import shown
 from vllm_lego.errors import UnknownAdapterError, UnmergeableError
 from vllm_lego.settings import Settings, variable_name
-from vllm_lego.sources import CLOCK_TICK_S, AdapterFolder, HubAdapters, HubAllowList, is_read
+from vllm_lego.sources import SHARED_S, AdapterFolder, HubAdapters, HubAllowList, is_read
 
 logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
 
@@ -228,11 +228,11 @@ class Catalog:
     def _stamp(self, path: str) -> asyncio.Future[_Stamp | None]:
         """Stamp a folder, once for all who ask meanwhile: one that does not answer holds one thread.
 
-        A stamp younger than a tick of the file system's clock is as good as another.
+        One younger than `SHARED_S` is used again.
         """
         asked, stamp = self._stamps.get(path) or (0.0, None)
         now = time.monotonic()
-        if stamp is None or (stamp.done() and now - asked > CLOCK_TICK_S):
+        if stamp is None or (stamp.done() and now - asked > SHARED_S):
             loop = asyncio.get_running_loop()
             stamp = loop.run_in_executor(self._files, _stamp, path)
             self._stamps[path] = now, stamp

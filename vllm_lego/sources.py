@@ -33,8 +33,9 @@ from vllm_lego.settings import SettingsError, variable_name
 logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
 
 _FRESH_S = 1.0
-CLOCK_TICK_S = 0.02
-"""File systems stamp with clocks that stand still for so long: no look sees what is younger."""
+SHARED_S = 0.02
+"""Requests share a look at files that is younger: under load each would wait for threads of its own."""
+_CLOCK_TICK_NS = 20_000_000  # file systems stamp with clocks that stand still for so long
 _DOWNLOADS = 2
 _WAITING_DOWNLOADS = 16
 _FAILURES, _FAILED_FOR_S = 1024, 10.0
@@ -91,7 +92,7 @@ class AdapterFolder:
         self._seen: tuple[int, int, int] | None = None
         self._seen_at = 0.0
         self._told: set[str] = set()
-        # One thread: whoever asks is answered by a look that began after that.
+        # One thread: whoever asks is answered by a look that began after that, or not long before.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lego-folder")
         self._look = _Look()
         self.adapters: Mapping[str, str] = self._scan()
@@ -100,20 +101,19 @@ class AdapterFolder:
     async def refresh(self, *, thorough: bool = True) -> None:
         """Look whether there are others now; costs a stat if the folder has not changed.
 
-        A subfolder that comes or goes is noticed at once, a configuration that is written into one
-        after that within a second, by thorough looks.
+        A subfolder that comes or goes is noticed at once, by looks that are not thorough `SHARED_S`
+        later; a configuration that is written into one after that within a second, by thorough ones.
         """
         look = self._look
         now = time.monotonic()
         # One that has not begun is shared with whoever asked first, and so is a young one.
-        shared = not look.begun or (not thorough and now - look.asked < CLOCK_TICK_S)
+        shared = not look.begun or (not thorough and now - look.asked < SHARED_S)
         answer = look.answer
         if answer is None or not shared or thorough > look.thorough:
             look = self._look = _Look(thorough, now)
             loop = asyncio.get_running_loop()
             answer = look.answer = loop.run_in_executor(self._thread, self._refresh, look)
-        if not answer.done():
-            await asyncio.shield(answer)
+        await asyncio.shield(answer)
 
     def _refresh(self, look: _Look) -> None:
         look.begun = True
@@ -127,7 +127,7 @@ class AdapterFolder:
         stale = look.thorough and time.monotonic() - self._seen_at > _FRESH_S
         if seen != self._seen or stale:
             self._seen_at = time.monotonic()
-            settled = abs(time.time_ns() - now.st_mtime_ns) > CLOCK_TICK_S * 1e9
+            settled = abs(time.time_ns() - now.st_mtime_ns) > _CLOCK_TICK_NS
             self.adapters = self._scan()
             self._seen = seen if settled else None
 

@@ -316,8 +316,7 @@ def _recipe_of(metadata: dict[str, str]) -> Recipe:
 def _checksum(tensors: Mapping[str, torch.Tensor], recipe: Recipe) -> str:
     """Return a digest (hex) of the recipe, names, dtypes, shapes and bytes of tensors, in order."""
     described = [f"{name} {tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items()]
-    sha = Digest()
-    sha.update(json.dumps([recipe.encode(), *described]).encode())
+    sha = Digest(json.dumps([recipe.encode(), *described]).encode())
     for content in _contents(tensors):
         sha.update(content)
     return sha.hexdigest()

@@ -30,7 +30,9 @@ def yield_to_the_engine() -> None:
     And no helpers: PyTorch would give each such thread one for every core, to copy an adapter or look
     for NaN in it, which keep the cores busy while they wait for the next such work.
     """
-    torch.set_num_threads(1)  # for this thread alone, and those that are yet to compute anything
+    # For this thread, and for those that compute their first tensor later. vLLM's have done so by now, or
+    # share the cores with the engine as ours do.
+    torch.set_num_threads(1)
     try:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
     except OSError as error:  # a container may forbid it; then the kernel shares fairly

@@ -59,7 +59,8 @@ def main() -> int:
     base = Case(model="tiny") if options.smoke else Case(layers=0 if device.type == "cuda" else 1)
     repeats = min(options.repeats, 3) if options.smoke else options.repeats
     results = _header(device)
-    file = options.out / f"{device.type}.json"
+    stem = device.type if options.method == "lego" else f"{device.type}-{options.method}"
+    file = options.out / f"{stem}.json"
 
     def put(section: str, entry: dict[str, Any]) -> None:
         results.setdefault(section, []).append(entry)

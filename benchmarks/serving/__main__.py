@@ -17,7 +17,7 @@ the same rank, on all linear layers; sets are of three. A ratio is plugin / stoc
     S6   sets drawn by Zipf's law (s = 1), against as many single adapters that stock vLLM holds in
          host memory, by the same law; only when asked for, it starts servers of its own
     S8   memory that the plugin has taken by the end (on the host beyond what stock vLLM had at the
-         start, on the device beyond what was in use then), against its budgets and what comes on
+         start without adapters, on the device beyond what was in use before the first set), against its budgets and what comes on
          top while it reads and merges, as deploy/SIZING.md has it
 
 S7, a merge alone, is `python -m benchmarks.merge`.
@@ -57,6 +57,7 @@ from benchmarks.serving.tables import (
 )
 from benchmarks.serving.traffic import Load
 from deploy.sizing import Model
+from lego_core.adapter_files import WEIGHTS_FILE
 from vllm_lego.demo.model import embedded_model
 from vllm_lego.settings import Settings
 from vllm_lego.tiers import READERS
@@ -213,12 +214,12 @@ def _config(model: Path) -> dict[str, Any]:
 
 def _bytes_of(adapters: Mapping[str, Path]) -> int:
     first = next(iter(adapters.values()))
-    return (first / "adapter_model.safetensors").stat().st_size
+    return (first / WEIGHTS_FILE).stat().st_size
 
 
 def _about(options: argparse.Namespace) -> dict[str, object]:
     return {
-        "command": " ".join(["python -m benchmarks.serving", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks.serving", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else f"{platform.machine()}, {os.cpu_count()} cores",

@@ -137,8 +137,8 @@ class Figures:
 
 def _table(figures: list[Figure]) -> str:
     lines = [
-        "| | case | measure | plugin | peer | ratio (least to most) | goal | |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| | case | measure | plugin | peer | ratio (least to most) | rounds | goal | |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     says = {None: "", True: "met", False: "**missed**"}
     for f in figures:
@@ -150,6 +150,7 @@ def _table(figures: list[Figure]) -> str:
         )
         lines.append(
             f"| {f.table} | {f.case} | {f.measure}, {f.unit} | {statistics.median(f.lego):.4g} "
-            f"| {statistics.median(f.peer):.4g} | {ratio} | {f.goal or '-'} | {says[f.holds()]} |"
+            f"| {statistics.median(f.peer):.4g} | {ratio} | {len(f.lego)} | {f.goal or '-'} "
+            f"| {says[f.holds()]} |"
         )
     return "\n".join(lines)

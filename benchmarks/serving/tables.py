@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +19,7 @@ from benchmarks.serving.figures import Figures
 from benchmarks.serving.load import Join, Streams, join_after_loading, join_with, measure
 from benchmarks.serving.peers import MODEL, Peers, device_bytes, resident_bytes
 from benchmarks.serving.traffic import Load
+from lego_core.adapter_files import WEIGHTS_FILE
 from vllm_lego.demo.server import ServerProcess
 
 # Random weights go round in circles among broken bytes, which vLLM's detokenizer holds back and
@@ -29,6 +30,7 @@ KNOWN = 24  # adapters that sets are made of again and again
 ON_DEVICE = 16  # adapters, members or merges, that the device's budget holds
 STORED = 3  # joins of S4 for each place
 JOINING = 3  # adapters of a set
+_SETTLED_S = 0.2  # what was merged before may still be on its way to the store
 
 
 class Comparison:
@@ -54,11 +56,15 @@ class Comparison:
         self._known = names[:KNOWN]
         self._unseen = names[KNOWN:]
         self._budgets = budgets
+        natives = list(adapters.values())[:NATIVES]
+        self._natives_bytes = sum((path / WEIGHTS_FILE).stat().st_size for path in natives)
         self._fresh = count(1)
         self._weights = (1 + n / 1000 for n in count(1))  # each makes a set a new one
         self._clients: tuple[httpx.AsyncClient, httpx.AsyncClient]
         self._stack = AsyncExitStack()
         self._before: dict[str, int] = {}
+        self._turns = cycle((1, -1))
+        self._turn_of: dict[tuple[str, str], int] = {}
 
     async def __aenter__(self) -> Self:
         limits = httpx.Limits(max_connections=None)
@@ -83,10 +89,11 @@ class Comparison:
         for server in (self._both.lego, self._both.stock):
             streams = max(self._options.streams)
             await traffic.serve(server.url, MODEL, self._load([{}], 2 * streams, streams))
+        self._before = self._in_use(self._both.stock)
+        self._before["host"] -= self._natives_bytes
         for weight in (1.0, 0.5):
             await join_with({"adapters": self._set(0, weight)})(self._clients[0])
         await join_with({"model": "native0"})(self._clients[1])
-        self._before = self._in_use(self._both.stock)
 
     async def _s1(self) -> None:
         for streams in self._options.streams:
@@ -209,12 +216,14 @@ class Comparison:
     async def _served(
         self, table: str, case: str, lego: Load, stock: Load, throughput: str, ttft: str
     ) -> None:
-        """Serve a load on each, of what is warm. Who goes first changes with every call."""
+        """Serve a load on each, of what is warm. Who goes first changes with every round of a case."""
         for client, load in zip(self._clients, (lego, stock), strict=True):
             for target in load.targets:  # other tables have dropped it, or pushed it out
                 await join_with(target)(client)
+        await asyncio.sleep(_SETTLED_S)
         order = [(self._both.lego, lego), (self._both.stock, stock)]
-        turn = -1 if next(self._fresh) % 2 else 1
+        turn = -self._turn_of[table, case] if (table, case) in self._turn_of else next(self._turns)
+        self._turn_of[table, case] = turn
         found = [await traffic.serve(server.url, MODEL, load) for server, load in order[::turn]]
         first, second = found[::turn]
         self._figures.add(
@@ -251,7 +260,7 @@ class Comparison:
 
 async def _timed(client: httpx.AsyncClient, join: Join) -> float:
     """Return how long a join takes, in ms, on a server that does nothing else."""
-    await asyncio.sleep(0.2)  # what was merged before may still be on its way to the store
+    await asyncio.sleep(_SETTLED_S)
     started = time.perf_counter()
     await join(client)
     return (time.perf_counter() - started) * 1e3

@@ -21,23 +21,42 @@ def _small_blocks(monkeypatch):
     monkeypatch.setattr(digest, "_THREADS", 4)
 
 
-def reference(content: bytes) -> str:
+def reference(content: bytes, prefix: bytes = b"") -> str:
     whole = len(content) // BLOCK * BLOCK
     blocks = [content[i : i + BLOCK] for i in range(0, whole, BLOCK)] + [content[whole:]]
     hashes = b"".join(hashlib.sha256(block).digest() for block in blocks)
-    return hashlib.sha256(hashes + len(content).to_bytes(8, "big")).hexdigest()
+    framed = len(prefix).to_bytes(8, "big") + prefix
+    return hashlib.sha256(framed + hashes + len(content).to_bytes(8, "big")).hexdigest()
 
 
-def digested(pieces: list[bytes]) -> str:
-    found = Digest()
+def digested(pieces: list[bytes], prefix: bytes = b"") -> str:
+    found = Digest(prefix)
     for piece in pieces:
         found.update(piece)
     return found.hexdigest()
 
 
-@given(st.lists(st.binary(max_size=5 * BLOCK), max_size=8))
-def test_pieces_of_any_size_have_the_digest_of_the_whole(pieces):
-    assert digested(pieces) == reference(b"".join(pieces))
+@given(st.lists(st.binary(max_size=5 * BLOCK), max_size=8), st.binary(max_size=2 * BLOCK))
+def test_pieces_of_any_size_have_the_digest_of_the_whole(pieces, prefix):
+    assert digested(pieces, prefix) == reference(b"".join(pieces), prefix)
+
+
+def test_digests_stay_what_they_are(monkeypatch):
+    """Names of adapters and merges follow them."""
+    monkeypatch.undo()
+    content = bytes(range(256)) * (9 << 12)  # 9 MiB: two blocks and a quarter
+    assert digested([content], b"prefix") == (
+        "031f392032583735873eadf15354e952f60602a9118017aacfd18a1f4e617bdc"
+    )
+
+
+def test_without_threads_the_calling_one_hashes(monkeypatch):
+    def none_left() -> None:
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    monkeypatch.setattr(digest, "_threads", none_left)
+    content = b"x" * (9 * BLOCK + 1)
+    assert digested([content]) == reference(content)
 
 
 @pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 9 * BLOCK, 9 * BLOCK + 3])

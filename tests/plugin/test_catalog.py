@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from lego_core import LoraAdapter, LoraModule, save_adapter
 from lego_core.adapter_files import INDEX_FILE, WEIGHTS_FILE
 from vllm_lego import catalog
+from vllm_lego.access import Access
 from vllm_lego.catalog import Catalog, CatalogEntry
 from vllm_lego.errors import UnknownAdapterError, UnmergeableError
-from vllm_lego.sources import CLOCK_TICK_S
+from vllm_lego.policy import Policy
+from vllm_lego.sources import SHARED_S
 
 
 def saved(folder: Path, value: float = 1.0) -> Path:
@@ -70,7 +72,7 @@ def test_files_are_read_once_and_again_when_one_of_them_changes(tmp_path, read, 
     replacement = tmp_path / "replacement"
     save_file(tensors, replacement)
     replacement.replace(weights)
-    time.sleep(CLOCK_TICK_S)  # no look sees a change that is younger
+    time.sleep(SHARED_S)  # requests may share a look for so long
     assert looked_up(adapters, "a").digest != first.digest
     assert read == ["a", "a"]
 
@@ -81,14 +83,14 @@ def test_a_file_that_took_the_place_of_shards_is_noticed(tmp_path):
     first = looked_up(adapters, "a")
     saved(tmp_path / "b", 2.0)
     (tmp_path / "b" / WEIGHTS_FILE).rename(folder / WEIGHTS_FILE)
-    time.sleep(CLOCK_TICK_S)
+    time.sleep(SHARED_S)
     assert looked_up(adapters, "a").digest != first.digest
 
 
-def test_who_asks_within_a_tick_shares_one_look(tmp_path, monkeypatch):
+def test_who_asks_soon_after_another_shares_its_look(tmp_path, monkeypatch):
     looks = []
     stamp = catalog._stamp
-    monkeypatch.setattr(catalog, "CLOCK_TICK_S", 1000.0)
+    monkeypatch.setattr(catalog, "SHARED_S", 1000.0)
     monkeypatch.setattr(catalog, "_stamp", lambda path: (looks.append(path), stamp(path))[1])
     adapters = Catalog({name: str(saved(tmp_path / name)) for name in "ab"})
 
@@ -100,6 +102,21 @@ def test_who_asks_within_a_tick_shares_one_look(tmp_path, monkeypatch):
 
     asyncio.run(scenario())
     assert sorted(looks) == sorted(str(tmp_path / name) for name in "ab")
+
+
+def test_files_of_what_the_caller_may_not_name_are_not_looked_at(tmp_path, monkeypatch):
+    looks = []
+    stamp = catalog._stamp
+    monkeypatch.setattr(catalog, "_stamp", lambda path: (looks.append(path), stamp(path))[1])
+    access = Access(Policy.from_toml('[[allow]]\nadapters = ["a"]'))
+    served = {name: str(saved(tmp_path / name)) for name in "ab"}
+    adapters = Catalog(served, access=access)
+    with access.of([]), pytest.raises(UnknownAdapterError, match="'b'"):
+        asyncio.run(adapters.look_up(["b"], param="adapters"))
+    assert looks == []
+    with access.of([]):
+        assert looked_up(adapters, "a").path == served["a"]
+    assert looks == [served["a"]]
 
 
 def test_what_could_be_a_hub_repository_is_a_folder_all_the_same(tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ from vllm_lego.metrics import Metrics
 from vllm_lego.recipe import Recipe
 from vllm_lego.service import LegoService, Serving
 from vllm_lego.settings import Settings
-from vllm_lego.sources import CLOCK_TICK_S
+from vllm_lego.sources import SHARED_S
 from vllm_lego.worker import StagingArea
 
 NAMES = "abcdef"
@@ -688,7 +688,7 @@ def test_a_damaged_member_is_named_and_repaired_it_works(start, folder, damage, 
         assert nothing_left(service, vllm)
         for path, content in whole.items():
             path.write_bytes(content)
-        await asyncio.sleep(CLOCK_TICK_S)  # no look sees a change that is younger
+        await asyncio.sleep(SHARED_S)  # requests may share a look for so long
         assert (await use(service, "ab")).result == "miss"
 
     asyncio.run(scenario())

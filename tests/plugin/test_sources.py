@@ -21,7 +21,7 @@ from tests.hub_server import plain
 from vllm_lego.catalog import Catalog
 from vllm_lego.errors import UnknownAdapterError
 from vllm_lego.settings import SettingsError
-from vllm_lego.sources import CLOCK_TICK_S, AdapterFolder, HubAdapters, HubAllowList
+from vllm_lego.sources import SHARED_S, AdapterFolder, HubAdapters, HubAllowList
 
 LIMIT = 1 << 20
 
@@ -106,6 +106,41 @@ def test_a_look_at_an_unchanged_folder_is_one_stat(home, monkeypatch):
     monkeypatch.setattr("vllm_lego.sources._FRESH_S", 1000)
     for _ in range(100):
         assert names(folder) == ["sql"]
+
+
+def test_looks_that_need_not_be_thorough_are_shared_for_a_while(home, monkeypatch):
+    looks = []
+    look = AdapterFolder._refresh
+    monkeypatch.setattr("vllm_lego.sources.SHARED_S", 1000.0)
+    monkeypatch.setattr(
+        AdapterFolder, "_refresh", lambda folder, of: (looks.append(of.thorough), look(folder, of))
+    )
+    folder = AdapterFolder(home)
+
+    async def scenario():
+        for _ in range(2):
+            await asyncio.gather(*(folder.refresh(thorough=False) for _ in range(64)))
+        await folder.refresh()
+        await folder.refresh(thorough=False)
+
+    asyncio.run(scenario())
+    assert looks == [False, True]
+
+
+def test_a_look_that_fails_fails_for_all_who_share_it(home, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr("vllm_lego.sources.SHARED_S", 1000.0)
+    folder = AdapterFolder(home)
+    monkeypatch.setattr(AdapterFolder, "_refresh", fail)
+
+    async def scenario():
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="broken"):
+                await folder.refresh(thorough=False)
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("name", [".hidden", "a\nb", "a\x7fb", "lego-0123456789abcdef", "a\u2028b"])
@@ -219,7 +254,7 @@ def test_an_adapter_that_goes_is_unknown(home):
     catalog = Catalog({}, AdapterFolder(home))
     assert looked_up(catalog, "sql")
     (home / "sql").rename(home.with_name("gone"))
-    time.sleep(CLOCK_TICK_S)  # no look sees a change that is younger
+    time.sleep(SHARED_S)  # requests may share a look for so long
     with pytest.raises(UnknownAdapterError, match="'sql' is not served here"):
         looked_up(catalog, "sql")
 

@@ -115,8 +115,16 @@ def test_staging_never_waits_and_merges_once(folders):
     assert sorted(checked) == ["a", "b"]
 
 
-def test_threads_that_read_and_merge_have_no_helpers(folders):
+@pytest.fixture
+def _two_threads():
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_threads_that_read_and_merge_have_no_helpers(folders):
     helped = []
     staging = area(lambda _: helped.append((threading.get_ident(), torch.get_num_threads())))
     assert finished(staging, recipe_of(folders))["state"] == "ready"
