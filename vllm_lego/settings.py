@@ -78,8 +78,9 @@ class Settings:
         default="lego lego-paper lego-functions concat svd linear core_space",
         metadata={
             "help": "merging methods that requests may ask for, separated by commas or spaces. "
-            "ties, dare_ties and knots, which build every update as a whole matrix, are left out: a "
-            "large model's server has better uses for its device",
+            "ties and dare_ties, which build every update as a whole matrix, and knots, which takes "
+            "many times as long as lego, are left out: a large model's server has better uses for its "
+            "device",
             "kind": str,
         },
     )
