@@ -180,7 +180,7 @@ async def _popularity(run: Run) -> None:
     adapters = run.adapters(min(64, options.sets))
     paths = list(adapters.values())
     natives = {f"native{i}": paths[i % len(paths)] for i in range(options.sets)}
-    host = 2 * (options.sets + len(adapters)) * _bytes_of(adapters)
+    host = round(1.1 * (options.sets + len(adapters)) * _bytes_of(adapters))
     settings = {"VLLM_LEGO_HOST_CACHE_BYTES": str(host)}
     arguments = [*run.arguments, f"--max-cpu-loras={max(8, options.sets)}"]
     draws = random.Random(0)  # noqa: S311
@@ -189,17 +189,15 @@ async def _popularity(run: Run) -> None:
     sets = [{"adapters": draws.sample(list(adapters), 3)} for _ in range(options.sets)]
     streams, tokens = min(64, max(options.streams)), options.tokens
     with peers.running(run.model, natives, adapters, settings, arguments, options.gpus) as both:
-        lego, stock = [
-            await traffic.serve(
-                server.url,
-                peers.MODEL,
-                Load(targets, options.requests, streams, tokens, tokens, PLAIN),
-            )
-            for server, targets in (
-                (both.lego, [sets[i] for i in order]),
-                (both.stock, [{"model": f"native{i}"} for i in order]),
-            )
-        ]
+        served = []
+        for server, targets in (
+            (both.lego, [sets[i] for i in order]),
+            (both.stock, [{"model": f"native{i}"} for i in order]),
+        ):
+            load = Load(targets, options.requests, streams, tokens, tokens, PLAIN)
+            served.append(await traffic.serve(server.url, peers.MODEL, load))
+            print(f"  S6: {served[-1].throughput:.4g} tokens/s", flush=True)
+        lego, stock = served
     measures = {
         "throughput": ("tokens/s", ">= 0.9", lego.throughput, stock.throughput),
         "first token, p99": ("ms", "<= 1.1", lego.ttft_ms(0.99), stock.ttft_ms(0.99)),

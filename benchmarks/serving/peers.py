@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -67,16 +68,21 @@ def running(
         | {"VLLM_LEGO_ADAPTER_DIR": str(folder)}
         | dict(settings)
         | for_lego,
-        progress=print,
+        progress=partial(_tell, "the plugin's server"),
     )
     stock = ServerProcess(
         [*both, *named],
         server_environment("") | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} | for_stock,
+        progress=partial(_tell, "the stock server"),
     )
     with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
         for started in [pool.submit(stack.enter_context, server) for server in (lego, stock)]:
             started.result()
         yield Peers(lego, stock)
+
+
+def _tell(who: str, what: str) -> None:
+    print(f"{who}: {what}", flush=True)
 
 
 def _on(gpu: str) -> dict[str, str]:
