@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from lego_core import LoraAdapter, LoraModule, load_adapter, save_adapter
 from tests.e2e.conftest import BODY_BYTES, QUEUED_MERGES, ask
 from vllm_lego.demo.server import MODEL_NAME, shipped_adapters
+from vllm_lego.sources import SHARED_S
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
@@ -117,6 +119,7 @@ def test_a_body_over_the_limit(http):
 @pytest.fixture
 def broken(replaceable: Path):
     """The folder of a served adapter, put right again afterwards."""
+    time.sleep(SHARED_S)  # the request before may have looked at it just now
     yield replaceable
     shutil.copytree(shipped_adapters()["shout"], replaceable, dirs_exist_ok=True)
 

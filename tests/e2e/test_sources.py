@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from benchmarks.serving.shapes import SHAPES, write_adapters, write_model
 from tests.e2e.conftest import TINY_SERVER
 from tests.hub_server import NEW, OLD, REPO, Hub, serving
 from vllm_lego.demo.server import LEGO_SERVE, ServerProcess, server_environment
+from vllm_lego.sources import SHARED_S
 
 BOSS, TEAM = "key-of-the-boss", "key-of-the-team"
 BIG = "c" * 40
@@ -178,6 +180,7 @@ def test_folders_come_and_go_without_a_restart(boss, folder, made):
     assert cards["new"]["root"] == "new"
     assert "new" in listed(boss, "/v1/adapters")
     (folder / "new").rename(folder / ".gone")
+    time.sleep(SHARED_S)  # the list may have looked at it just now
     refused(ask(boss, "new"), 404)
     unknown = ask(boss, model="none").text.replace("none", "?")
     assert ask(boss, model="new").text.replace("new", "?") == unknown

@@ -37,6 +37,7 @@ from vllm_lego.policy import Policy
 from vllm_lego.recipe import Recipe
 from vllm_lego.service import LegoService, Serving
 from vllm_lego.settings import Settings, SettingsError
+from vllm_lego.sources import SHARED_S
 
 KEYS = ("one", "two")
 
@@ -105,6 +106,7 @@ def test_sets_mix_where_adapters_come_from_and_follow_the_folder(start, tmp_path
         service, _ = start()
         first = await use(service, "a", "x")
         write(tmp_path / "folder" / "x", 99)
+        await asyncio.sleep(SHARED_S)  # requests may share a look for so long
         second = await use(service, "a", "x")
         assert first.model != second.model
         write(tmp_path / "folder" / "new", 50)
