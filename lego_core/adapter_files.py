@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from lego_core.adapter_config import parse_json_object, shown
-from lego_core.digest import BLOCK_BYTES, Digest
+from lego_core.digest import BLOCK_BYTES
 from lego_core.errors import AdapterFormatError, AdapterNotFoundError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -153,11 +153,6 @@ def parse_index(content: bytes, name: str) -> Mapping[str, str]:
                 "safetensors file in the same folder"
             )
     return shards
-
-
-def start_digest(config: bytes) -> Digest:
-    """Start a digest of both files."""
-    return Digest(config)
 
 
 def digest_part(sha: Any, name: str, size: int) -> None:

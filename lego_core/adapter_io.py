@@ -26,10 +26,10 @@ from lego_core.adapter_files import (
     opened,
     read_small,
     read_tensors,
-    start_digest,
     weight_files,
 )
 from lego_core.adapter_save import PREFIX, SUFFIXES, Half, save_adapter
+from lego_core.digest import Digest
 from lego_core.errors import AdapterChangedError, AdapterFormatError
 from lego_core.hub import resolve_source
 
@@ -88,7 +88,7 @@ def load_adapter(
     name = found.name
     config_bytes = read_small(found.folder, CONFIG_FILE, name)
     config = parse_config(config_bytes, name)
-    sha = start_digest(config_bytes)
+    sha = Digest(config_bytes)
     tensors = _read_weights(found.folder, name, sha)
     content = sha.hexdigest()
     if digest is not None and content != digest:
@@ -119,7 +119,7 @@ def describe_adapter(
     found = resolve_source(source, revision, name=name)
     config_bytes = read_small(found.folder, CONFIG_FILE, found.name)
     config = parse_config(config_bytes, found.name)
-    sha, total = start_digest(config_bytes), 0
+    sha, total = Digest(config_bytes), 0
     for file, size, content in _weights(found.folder, found.name, sha)[1]:
         del file
         total += drain(content, size, sha)

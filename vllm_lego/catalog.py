@@ -186,10 +186,7 @@ class Catalog:
             fetched = await asyncio.gather(*(self._from_hub(name, param) for name in absent))
             here |= dict(zip(absent, fetched, strict=True))
         stamps = [(name, self._stamp(here[name])) for name in names]
-        keys = [
-            (name, here[name], stamp.result() if stamp.done() else await asyncio.shield(stamp))
-            for name, stamp in stamps
-        ]
+        keys = [(name, here[name], await asyncio.shield(stamp)) for name, stamp in stamps]
         found = {key: self._known[key] for key in keys if key in self._known}
         if unread := [key for key in keys if key not in found]:
             try:

@@ -16,9 +16,9 @@ the same rank, on all linear layers; sets are of three. A ratio is plugin / stoc
     S5   requests that name no set
     S6   sets drawn by Zipf's law (s = 1), against as many single adapters that stock vLLM holds in
          host memory, by the same law; only when asked for, it starts servers of its own
-    S8   memory that the plugin has taken by the end (on the host beyond what stock vLLM had at the
-         start without adapters, on the device beyond what was in use before the first set), against its budgets and what comes on
-         top while it reads and merges, as deploy/SIZING.md has it
+    S8   memory that the plugin has taken by the end, against its budgets and what comes on top while
+         it reads and merges, as deploy/SIZING.md has it; on the host beyond what stock vLLM had at
+         the start without adapters, on the device beyond what was in use before the first set
 
 S7, a merge alone, is `python -m benchmarks.merge`.
 """
@@ -39,7 +39,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -156,7 +155,10 @@ async def _compare(run: Run, wanted: Sequence[str]) -> None:
         "VLLM_LEGO_STORE_DIR": str(run.folder / "store"),
     }
     # What deploy/SIZING.md says comes on top, while adapters are read and merges are made.
-    threads, shape = Settings().merge_threads, Model.of(_config(run.model))
+    threads, shape = (
+        Settings().merge_threads,
+        Model.of(json.loads((run.model / "config.json").read_text())),
+    )
     budgets["host"] += (READERS + threads) * unit
     budgets["device"] += threads * shape.merging(JOINING, options.rank, tuple(shape.linears))
     if not torch.cuda.is_available():
@@ -203,11 +205,6 @@ async def _popularity(run: Run) -> None:
         "first token, p99": ("ms", "<= 1.1", lego.ttft_ms(0.99), stock.ttft_ms(0.99)),
     }
     run.figures.add("S6", f"{options.requests} requests, {options.sets} sets", measures)
-
-
-def _config(model: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((model / "config.json").read_text())
-    return config
 
 
 def _bytes_of(adapters: Mapping[str, Path]) -> int:

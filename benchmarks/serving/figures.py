@@ -107,13 +107,15 @@ class Figures:
         except ImportError:
             return
         drawn = [f for f in self._figures.values() if f.goal and f.ratios()][::-1]
+        if not drawn:
+            return
         near = [f for f in drawn if f.table in _NEAR_ONE]
         groups = [group for group in (near, [f for f in drawn if f not in near]) if group]
         picture, panels = plt.subplots(
             len(groups),
             squeeze=False,
-            figsize=(8, 1.2 + 0.3 * max(2, len(drawn))),
-            height_ratios=[1 + len(group) for group in groups] or None,
+            figsize=(8, 1.2 + 0.3 * len(drawn)),
+            height_ratios=[1 + len(group) for group in groups],
             layout="constrained",
         )
         for axes, group in zip(panels[:, 0], groups, strict=True):

@@ -68,21 +68,17 @@ def running(
         | {"VLLM_LEGO_ADAPTER_DIR": str(folder)}
         | dict(settings)
         | for_lego,
-        progress=partial(_tell, "the plugin's server"),
+        progress=partial(print, "the plugin's server:", flush=True),
     )
     stock = ServerProcess(
         [*both, *named],
         server_environment("") | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} | for_stock,
-        progress=partial(_tell, "the stock server"),
+        progress=partial(print, "the stock server:", flush=True),
     )
     with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
         for started in [pool.submit(stack.enter_context, server) for server in (lego, stock)]:
             started.result()
         yield Peers(lego, stock)
-
-
-def _tell(who: str, what: str) -> None:
-    print(f"{who}: {what}", flush=True)
 
 
 def _on(gpu: str) -> dict[str, str]:

@@ -128,7 +128,8 @@ def test_looks_that_need_not_be_thorough_are_shared_for_a_while(home, monkeypatc
 
 
 def test_a_look_that_fails_fails_for_all_who_share_it(home, monkeypatch):
-    def fail(*_: object) -> None:
+    def fail(_: AdapterFolder, look: Any) -> None:
+        look.begun = True
         raise RuntimeError("broken")
 
     monkeypatch.setattr("vllm_lego.sources.SHARED_S", 1000.0)
