@@ -3,10 +3,14 @@ SHELL := /bin/bash
 PORT ?= 8000
 venv := .venv/bin
 oldest_vllm := 0.27.1
+# Two processes, each with a server of its own most of the time; a file of tests stays in one.
+pytest := $(venv)/python -m pytest --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve test unit check oldest clean
 .NOTPARALLEL:
+# Many images set it: each process would compile all of vLLM and PyTorch again, and a server is three.
+unexport PYTHONDONTWRITEBYTECODE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,18 +26,18 @@ serve: setup ## a server that stays up, on the embedded model (PORT=8000)
 
 test: check unit ## everything: check, unit, the tests of deploy/ and end to end, oldest
 	@deploy/local/deploy_tools.sh
-	$(venv)/python -m pytest tests --ignore tests/core --ignore tests/plugin
+	$(pytest) tests --ignore tests/core --ignore tests/plugin
 	@$(MAKE) --no-print-directory oldest
 
 oldest: ## what matters most of the tests, on the oldest vLLM that runs beside the same torch
 	@deploy/local/setup.sh $(oldest_vllm)
-	PYTHONPATH=$(CURDIR)/.venv/oldest-vllm$${PYTHONPATH:+:$$PYTHONPATH} $(venv)/python -m pytest \
+	PYTHONPATH=$(CURDIR)/.venv/oldest-vllm$${PYTHONPATH:+:$$PYTHONPATH} $(pytest) \
 		tests/plugin/test_vllm_patches.py tests/plugin/test_cli.py \
 		tests/e2e/test_cli.py tests/e2e/test_serving.py tests/e2e/test_errors.py \
 		'tests/e2e/test_merge_is_right.py::test_served_tokens_are_those_of_the_offline_merge[weighted]'
 
 unit: setup ## the unit tests alone
-	$(venv)/python -m pytest tests/core tests/plugin
+	$(pytest) --dist worksteal tests/core tests/plugin
 
 check: setup ## lint, formatting and types
 	$(venv)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,10 @@ import pytest
 from huggingface_hub import constants
 
 from tests.hub_server import Hub, serving
+
+# `make test` runs two servers at a time. Left to itself vLLM gives both the same core.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

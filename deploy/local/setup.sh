@@ -17,6 +17,7 @@ pytorch_cpu_index=https://download.pytorch.org/whl/cpu
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_USER=0
 unset PYTHONHOME
+unset PYTHONDONTWRITEBYTECODE # what pip does not compile, the first import does, for all later ones
 
 say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: %s\n' "$@" >&2; exit 1; }

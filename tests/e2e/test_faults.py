@@ -329,19 +329,25 @@ def test_steady_traffic_on_every_slot_starves_nobody(tiny):
 
 def test_sigterm_under_load_drains_and_the_next_server_knows_what_this_one_knew(arguments):
     wanted = new_set()
-    # Two of the sets below wait for room until two others have been answered, which takes what it takes.
+    # Some sets below wait for room until others have been answered, which takes what it takes.
     arguments = [*arguments, "--merge-timeout-s=60"]
     with ServerProcess(arguments, server_environment(), command=LEGO_SERVE) as first:
         with httpx.Client(base_url=first.url, timeout=60) as http, ThreadPoolExecutor(4) as pool:
             known = tokens(ask(http, wanted))
-            running = [pool.submit(ask, http, new_set(), max_tokens=300) for _ in range(4)]
-            # There are two slots: two are in the engine, the others in the plugin's line.
-            until(lambda: read_metric(http, "vllm:num_requests_running") >= 2)
+            # There are two slots: two sets, merged before, are in the engine ...
+            busy = [new_set(), new_set()]
+            for one in busy:
+                tokens(ask(http, one))
+            running = [pool.submit(ask, http, one, max_tokens=600) for one in busy]
+            until(lambda: read_metric(http, "vllm:num_requests_running") == 2)
+            # ... and two more in the plugin's line.
+            running += [pool.submit(ask, http, new_set(), max_tokens=600) for _ in range(2)]
+            until(lambda: read_metric(http, "vllm_lego_merges_in_progress") >= 1)
             os.kill(first.session, signal.SIGTERM)
-            until(lambda: ask(http, new_set()).status_code == 503)
+            until(lambda: ask(http, busy[0], max_tokens=1).status_code == 503)
             refused(ask(http, new_set()), 503, "shutting down")
             answers = [future.result() for future in running]
-        assert [len(tokens(answer)) for answer in answers] == [300] * 4
+        assert [len(tokens(answer)) for answer in answers] == [600] * 4
         assert first.wait() == 0
     with (
         ServerProcess(arguments, server_environment(), command=LEGO_SERVE) as second,

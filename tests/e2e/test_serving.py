@@ -117,7 +117,8 @@ def test_weights_and_configuration_make_other_merges(client):
         {"adapters": ["numbers", "shout"], "merge": {"scale": "norm"}},
         {"adapters": ["numbers", "shout"], "merge": {"method": "lego-functions"}},
     ]
-    identities = {ask(client, NUMBER, **fields)[1]["x-lego-model"] for fields in asked}
+    answers = [ask(client, NUMBER, max_tokens=1, **fields) for fields in asked]
+    identities = {headers["x-lego-model"] for _, headers in answers}
     assert len(identities) == len(asked)
 
 
@@ -256,4 +257,4 @@ def merges(http: httpx.Client) -> list[dict[str, object]]:
 @pytest.fixture(autouse=True)
 def _server_goes_on(client: OpenAI):
     yield
-    assert ask(client, NUMBER, max_tokens=8, model="numbers")[0].startswith("four thousand")
+    assert ask(client, NUMBER, max_tokens=2, model="numbers")[0].startswith("four")

@@ -228,7 +228,7 @@ def test_what_is_in_an_answer_is_what_vllm_gives(http):
             answer.pop(key)
         for choice in answer["choices"]:
             for token in choice["logprobs"]["content"]:
-                token.pop("logprob")  # bfloat16: the factors are the same, their rounding is not
+                token.pop("logprob")  # the factors are the same, their rounding is not
     assert answers[0] == answers[1]
 
 

@@ -40,7 +40,7 @@ def server_arguments(model: Path, adapters: Mapping[str, Path]) -> list[str]:
     return [
         str(model),
         f"--served-model-name={MODEL_NAME}",
-        "--dtype=bfloat16",
+        "--dtype=float32",  # a processor without AVX-512 or AMX emulates bfloat16
         "--enforce-eager",
         "--max-model-len=1024",
         "--max-num-seqs=32",
