@@ -12,9 +12,9 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
-def run(module: str, out: Path) -> dict[str, Any]:
+def run(module: str, out: Path, *arguments: str) -> dict[str, Any]:
     ran = subprocess.run(
-        [sys.executable, "-m", module, "--smoke", f"--out={out}"],
+        [sys.executable, "-m", module, "--smoke", f"--out={out}", *arguments],
         cwd=ROOT,
         check=False,
         capture_output=True,
@@ -26,14 +26,18 @@ def run(module: str, out: Path) -> dict[str, Any]:
     return found
 
 
-def test_the_serving_tables(tmp_path):
-    result = run("benchmarks.serving", tmp_path)
-    figures = result["figures"]
-    assert {one["table"] for one in figures} == {"S1", "S2", "S3", "S4", "S5", "S8"}
+def assert_finite(figures: list[dict[str, Any]]) -> None:
     for one in figures:
         assert len(one["lego"]) == len(one["peer"]) == 1, one
         assert all(math.isfinite(value) for value in one["lego"] + one["peer"]), one
         assert one["peer"][0] > 0, one
+
+
+def test_the_serving_tables(tmp_path):
+    result = run("benchmarks.serving", tmp_path)
+    figures = result["figures"]
+    assert {one["table"] for one in figures} == {"S1", "S2", "S3", "S4", "S5", "S8"}
+    assert_finite(figures)
     cases = {one["case"] for one in figures if one["table"] == "S4"}
     assert cases == {
         "members on the device",
@@ -42,6 +46,13 @@ def test_the_serving_tables(tmp_path):
         "in the store",
     }
     assert "| S3 | cold sets arrive |" in (tmp_path / "serving.md").read_text()
+
+
+def test_the_table_of_popularity(tmp_path):
+    """It starts servers of its own."""
+    figures = run("benchmarks.serving", tmp_path, "--only", "S6")["figures"]
+    assert {one["table"] for one in figures} == {"S6"}
+    assert_finite(figures)
 
 
 def test_a_short_soak(tmp_path):

@@ -1,6 +1,6 @@
 """Adapters that vLLM does not know, and the policy, through the service and the interception.
 
-Only vLLM is played, as in `test_service.py`.
+vLLM is played.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from prometheus_client import REGISTRY
 
 from lego_core import LoraAdapter, LoraModule, MergeConfig, load_adapter, save_adapter
 from tests.hub_server import REPO, Hub
+from tests.plugin.played_vllm import PlayedVllm
 from tests.plugin.test_interception import echo
-from tests.plugin.test_service import PlayedVllm
-from vllm_lego._vllm import Engine, install_worker_patches
+from vllm_lego._vllm import Engine
 from vllm_lego.access import Access, Callers
 from vllm_lego.adapter_set import AdapterSet
 from vllm_lego.errors import (
@@ -51,11 +51,6 @@ def write(folder: Path, seed: int, rank: int = 2) -> None:
         for i in range(2)
     }
     save_adapter(LoraAdapter(folder.name, modules), folder, overwrite=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _patched() -> None:
-    install_worker_patches()
 
 
 @pytest.fixture

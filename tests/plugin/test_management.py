@@ -1,5 +1,4 @@
-"""Merging ahead, dropping, and what a background response keeps. vLLM is played as in test_service."""
-# ruff: noqa: F811  a fixture's name is its test's argument
+"""Merging ahead, dropping, and what a background response keeps. vLLM is played."""
 
 from __future__ import annotations
 
@@ -14,16 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.plugin.played_vllm import NAMES, nothing_left, use
 from tests.plugin.test_interception import echo
-from tests.plugin.test_service import (  # noqa: F401  the fixtures
-    NAMES,
-    PlayedVllm,
-    _patched,
-    folder,
-    nothing_left,
-    start,
-    use,
-)
 from vllm_lego._vllm import Engine
 from vllm_lego.adapter_set import AdapterSet
 from vllm_lego.errors import (

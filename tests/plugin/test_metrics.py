@@ -17,20 +17,11 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from lego_core.methods import METHODS
 from tests.metrics_table import documented, exposed, registered
+from tests.plugin.played_vllm import nothing_left, use
 from tests.plugin.test_interception import echo
-from tests.plugin.test_service import (  # noqa: F401  the fixtures
-    PlayedVllm,
-    _patched,
-    folder,
-    nothing_left,
-    start,
-    use,
-)
 from vllm_lego import errors, metrics
 from vllm_lego.adapter_set import AdapterSet
 from vllm_lego.interception import Interception
-
-# ruff: noqa: F811  a fixture's name is its test's argument
 
 
 def value(name: str, **labels: str) -> float:

@@ -1,5 +1,4 @@
 """Spans, where OpenTelemetry is on; nothing of it, where it is not; lines of the log."""
-# ruff: noqa: F811  a fixture's name is its test's argument
 
 from __future__ import annotations
 
@@ -17,14 +16,8 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from tests.plugin.played_vllm import use
 from tests.plugin.test_interception import echo
-from tests.plugin.test_service import (  # noqa: F401  the fixtures
-    PlayedVllm,
-    _patched,
-    folder,
-    start,
-    use,
-)
 from vllm_lego import tracing
 from vllm_lego.interception import Interception
 from vllm_lego.service import LegoService
