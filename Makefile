@@ -3,8 +3,9 @@ SHELL := /bin/bash
 PORT ?= 8000
 venv := .venv/bin
 oldest_vllm := 0.27.1
-# Two processes, each with a server of its own most of the time; a file of tests stays in one.
-pytest := $(venv)/python -m pytest --numprocesses 2 --dist loadfile
+# Two processes, each with a server of its own most of the time; a file of tests stays in one. In their order: by
+# default those of few tests come last, and that are the longest.
+pytest := $(venv)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve test unit check oldest clean

@@ -53,7 +53,6 @@ def running(
     both = [
         str(model),
         f"--served-model-name={MODEL}",
-        "--dtype=bfloat16",
         "--max-model-len=8192",
         "--enable-lora",
         *_of_the_device(shared=gpus is None),
@@ -104,8 +103,13 @@ def resident_bytes(server: ServerProcess) -> int:
 
 def _of_the_device(*, shared: bool) -> list[str]:
     if not torch.cuda.is_available():
-        return ["--enforce-eager"]
+        # A processor without AVX-512 or AMX emulates bfloat16. Adapters are as large as on a GPU.
+        return ["--enforce-eager", "--dtype=float32", "--lora-dtype=bfloat16"]
     if not shared:
-        return []
+        return ["--dtype=bfloat16"]
     # Given, not measured: each would take the other's memory for its own.
-    return ["--gpu-memory-utilization=0.3", f"--kv-cache-memory-bytes={12 << 30}"]
+    return [
+        "--dtype=bfloat16",
+        "--gpu-memory-utilization=0.3",
+        f"--kv-cache-memory-bytes={12 << 30}",
+    ]

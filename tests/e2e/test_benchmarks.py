@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -33,6 +35,7 @@ def assert_finite(figures: list[dict[str, Any]]) -> None:
         assert one["peer"][0] > 0, one
 
 
+@pytest.mark.timeout(1200)  # on two slow cores with another server beside it
 def test_the_serving_tables(tmp_path):
     result = run("benchmarks.serving", tmp_path)
     figures = result["figures"]

@@ -338,16 +338,16 @@ def test_sigterm_under_load_drains_and_the_next_server_knows_what_this_one_knew(
             busy = [new_set(), new_set()]
             for one in busy:
                 tokens(ask(http, one))
-            running = [pool.submit(ask, http, one, max_tokens=600) for one in busy]
+            running = [pool.submit(ask, http, one, max_tokens=300) for one in busy]
             until(lambda: read_metric(http, "vllm:num_requests_running") == 2)
             # ... and two more in the plugin's line.
-            running += [pool.submit(ask, http, new_set(), max_tokens=600) for _ in range(2)]
+            running += [pool.submit(ask, http, new_set(), max_tokens=300) for _ in range(2)]
             until(lambda: read_metric(http, "vllm_lego_merges_in_progress") >= 1)
             os.kill(first.session, signal.SIGTERM)
             until(lambda: ask(http, busy[0], max_tokens=1).status_code == 503)
             refused(ask(http, new_set()), 503, "shutting down")
             answers = [future.result() for future in running]
-        assert [len(tokens(answer)) for answer in answers] == [600] * 4
+        assert [len(tokens(answer)) for answer in answers] == [300] * 4
         assert first.wait() == 0
     with (
         ServerProcess(arguments, server_environment(), command=LEGO_SERVE) as second,
