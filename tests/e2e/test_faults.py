@@ -127,6 +127,11 @@ def until(condition: Callable[[], bool], limit_s: float = 30) -> None:
         time.sleep(0.01)
 
 
+def waiting(http: httpx.Client) -> float:
+    reasons = ("merge", "room", "slot")
+    return sum(read_metric(http, "vllm_lego_waiting_requests", reason=one) for one in reasons)
+
+
 def errors(http: httpx.Client, reason: str) -> float:
     with suppress(AssertionError):  # no series yet
         return read_metric(http, "vllm_lego_errors_total", reason=reason)
@@ -342,7 +347,7 @@ def test_sigterm_under_load_drains_and_the_next_server_knows_what_this_one_knew(
             until(lambda: read_metric(http, "vllm:num_requests_running") == 2)
             # ... and two more in the plugin's line.
             running += [pool.submit(ask, http, new_set(), max_tokens=300) for _ in range(2)]
-            until(lambda: read_metric(http, "vllm_lego_merges_in_progress") >= 1)
+            until(lambda: waiting(http) == 2)
             os.kill(first.session, signal.SIGTERM)
             until(lambda: ask(http, busy[0], max_tokens=1).status_code == 503)
             refused(ask(http, new_set()), 503, "shutting down")
