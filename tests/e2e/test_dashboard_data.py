@@ -31,6 +31,7 @@ from vllm_lego.demo.server import (
     ServerProcess,
     server_arguments,
     server_environment,
+    serving_dtype,
     shipped_adapters,
 )
 
@@ -39,7 +40,8 @@ PANELS = [panel for panel in BOARD["panels"] if panel["type"] != "row"]
 ROUNDS = int(os.environ.get("DASHBOARD_ROUNDS", "20"))
 WINDOW_S = 10
 WAIT_S = 30
-MERGE_BYTES = 3_686_400  # of one set of the shipped adapters, at rank 8
+# Of one set of the shipped adapters, at rank 8.
+MERGE_BYTES = 921_600 * {"bfloat16": 2, "float32": 4}[serving_dtype()]
 SETS = [list(names) for size in (2, 3, 4) for names in combinations(shipped_adapters(), size)]
 MISTAKES = cycle(
     [

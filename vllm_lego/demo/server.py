@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from vllm_lego.compatibility import installed_vllm
+
 MODEL_NAME = "SmolLM2-135M-Instruct"
 ADAPTERS_DIR = Path(__file__).parent / "adapters"
 MAX_LORA_RANK = 8
@@ -35,12 +37,20 @@ def shipped_adapters() -> dict[str, Path]:
     return {p.parent.name: p.parent for p in sorted(ADAPTERS_DIR.glob("*/adapter_config.json"))}
 
 
+def serving_dtype() -> str:
+    """Return the dtype to serve the embedded model in, by its name in PyTorch.
+
+    A processor without AVX-512 or AMX emulates bfloat16. vLLM's builds for CPUs have it in their version.
+    """
+    return "float32" if "cpu" in (installed_vllm() or "") else "bfloat16"
+
+
 def server_arguments(model: Path, adapters: Mapping[str, Path]) -> list[str]:
     """Return the arguments of `vllm serve` for the embedded model on a small CPU."""
     return [
         str(model),
         f"--served-model-name={MODEL_NAME}",
-        "--dtype=float32",  # a processor without AVX-512 or AMX emulates bfloat16
+        f"--dtype={serving_dtype()}",
         "--enforce-eager",
         "--max-model-len=1024",
         "--max-num-seqs=32",
