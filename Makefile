@@ -3,9 +3,9 @@ SHELL := /bin/bash
 PORT ?= 8000
 venv := .venv/bin
 oldest_vllm := 0.27.1
-# Two processes, each with a server of its own most of the time; a file of tests stays in one. In their order: by
-# default those of few tests come last, and that are the longest.
-pytest := $(venv)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+pytest := $(venv)/python -m pytest --numprocesses 2
+# A file of tests shares a server. The files with the fewest tests take longest, and would come last.
+by_file := --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve test unit check oldest clean
@@ -27,12 +27,12 @@ serve: setup ## a server that stays up, on the embedded model (PORT=8000)
 
 test: check unit ## everything: check, unit, the tests of deploy/ and end to end, oldest
 	@deploy/local/deploy_tools.sh
-	$(pytest) tests --ignore tests/core --ignore tests/plugin
+	$(pytest) $(by_file) tests --ignore tests/core --ignore tests/plugin
 	@$(MAKE) --no-print-directory oldest
 
 oldest: ## what matters most of the tests, on the oldest vLLM that runs beside the same torch
 	@deploy/local/setup.sh $(oldest_vllm)
-	PYTHONPATH=$(CURDIR)/.venv/oldest-vllm$${PYTHONPATH:+:$$PYTHONPATH} $(pytest) \
+	PYTHONPATH=$(CURDIR)/.venv/oldest-vllm$${PYTHONPATH:+:$$PYTHONPATH} $(pytest) $(by_file) \
 		tests/plugin/test_vllm_patches.py tests/plugin/test_cli.py \
 		tests/e2e/test_cli.py tests/e2e/test_serving.py tests/e2e/test_errors.py \
 		'tests/e2e/test_merge_is_right.py::test_served_tokens_are_those_of_the_offline_merge[weighted]'

@@ -12,9 +12,9 @@ from huggingface_hub import constants
 
 from tests.hub_server import Hub, serving
 
-# `make test` runs two servers at a time. Left to itself vLLM gives both the same core.
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # two servers at a time: vLLM would give both the same core
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

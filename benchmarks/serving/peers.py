@@ -103,7 +103,8 @@ def resident_bytes(server: ServerProcess) -> int:
 
 def _of_the_device(*, shared: bool) -> list[str]:
     if not torch.cuda.is_available():
-        # A processor without AVX-512 or AMX emulates bfloat16. Adapters are as large as on a GPU.
+        # A processor without AVX-512 or AMX emulates bfloat16. Adapters stay as large as
+        # their files, as the budgets have it.
         return ["--enforce-eager", "--dtype=float32", "--lora-dtype=bfloat16"]
     if not shared:
         return ["--dtype=bfloat16"]

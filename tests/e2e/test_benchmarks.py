@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(1200)  # two servers, on two slow cores with a third beside them
 
 
 def run(module: str, out: Path, *arguments: str) -> dict[str, Any]:
@@ -35,7 +36,6 @@ def assert_finite(figures: list[dict[str, Any]]) -> None:
         assert one["peer"][0] > 0, one
 
 
-@pytest.mark.timeout(1200)  # on two slow cores with another server beside it
 def test_the_serving_tables(tmp_path):
     result = run("benchmarks.serving", tmp_path)
     figures = result["figures"]

@@ -335,9 +335,9 @@ def test_steady_traffic_on_every_slot_starves_nobody(tiny):
 def test_sigterm_under_load_drains_and_the_next_server_knows_what_this_one_knew(arguments):
     wanted = new_set()
     # Some sets below wait for room until others have been answered, which takes what it takes.
-    arguments = [*arguments, "--merge-timeout-s=60"]
+    arguments = [*arguments, "--merge-timeout-s=120", "--shutdown-timeout=240"]
     with ServerProcess(arguments, server_environment(), command=LEGO_SERVE) as first:
-        with httpx.Client(base_url=first.url, timeout=60) as http, ThreadPoolExecutor(4) as pool:
+        with httpx.Client(base_url=first.url, timeout=120) as http, ThreadPoolExecutor(4) as pool:
             known = tokens(ask(http, wanted))
             # There are two slots: two sets, merged before, are in the engine ...
             busy = [new_set(), new_set()]

@@ -24,7 +24,7 @@ from tests.metrics_table import documented, exposed
 from vllm_lego.demo.server import LEGO_SERVE, ServerProcess, server_environment
 
 ARRIVES_S = 60.0  # the slowest that a span may come
-DEVICE_BYTES, STORE_BYTES = 20_000_000, 40_000_000
+DEVICE_BYTES, STORE_BYTES = 10_000_000, 20_000_000
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from vllm.v1.worker.worker_base import WorkerBase
 
 from lego_core import LoraAdapter
 from vllm_lego._vllm import install_worker_patches
@@ -66,6 +65,8 @@ class PlayedVllm:
         self.broken = False
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+        from vllm.v1.worker.worker_base import WorkerBase  # noqa: PLC0415  slow, for all tests here
+
         await asyncio.sleep(0)
         return [getattr(WorkerBase, method)(self.worker, *args)]
 

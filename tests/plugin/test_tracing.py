@@ -25,7 +25,7 @@ from vllm_lego.service import LegoService
 TRACE, CLIENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # a process has one provider
 def exporter() -> InMemorySpanExporter:
     """What vLLM does for --otlp-traces-endpoint, with an exporter that keeps the spans."""
     kept = InMemorySpanExporter()

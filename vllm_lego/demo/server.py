@@ -19,8 +19,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from vllm_lego.compatibility import installed_vllm
-
 MODEL_NAME = "SmolLM2-135M-Instruct"
 ADAPTERS_DIR = Path(__file__).parent / "adapters"
 MAX_LORA_RANK = 8
@@ -40,9 +38,11 @@ def shipped_adapters() -> dict[str, Path]:
 def serving_dtype() -> str:
     """Return the dtype to serve the embedded model in, by its name in PyTorch.
 
-    A processor without AVX-512 or AMX emulates bfloat16. vLLM's builds for CPUs have it in their version.
+    A processor without AVX-512 or AMX emulates bfloat16.
     """
-    return "float32" if "cpu" in (installed_vllm() or "") else "bfloat16"
+    import torch  # noqa: PLC0415  slow
+
+    return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
 def server_arguments(model: Path, adapters: Mapping[str, Path]) -> list[str]:
