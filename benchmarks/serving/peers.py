@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from vllm_lego.demo.server import ServerProcess, server_environment
+from vllm_lego.demo.server import ServerProcess, server_environment, serving_dtype
 
 MODEL = "base"
 
@@ -53,6 +53,7 @@ def running(
     both = [
         str(model),
         f"--served-model-name={MODEL}",
+        f"--dtype={serving_dtype()}",
         "--max-model-len=8192",
         "--enable-lora",
         *_of_the_device(shared=gpus is None),
@@ -103,14 +104,8 @@ def resident_bytes(server: ServerProcess) -> int:
 
 def _of_the_device(*, shared: bool) -> list[str]:
     if not torch.cuda.is_available():
-        # A processor without AVX-512 or AMX emulates bfloat16. Adapters stay as large as
-        # their files, as the budgets have it.
-        return ["--enforce-eager", "--dtype=float32", "--lora-dtype=bfloat16"]
+        return ["--enforce-eager", "--lora-dtype=bfloat16"]  # budgets go by the files' sizes
     if not shared:
-        return ["--dtype=bfloat16"]
+        return []
     # Given, not measured: each would take the other's memory for its own.
-    return [
-        "--dtype=bfloat16",
-        "--gpu-memory-utilization=0.3",
-        f"--kv-cache-memory-bytes={12 << 30}",
-    ]
+    return ["--gpu-memory-utilization=0.3", f"--kv-cache-memory-bytes={12 << 30}"]

@@ -211,5 +211,5 @@ def test_a_full_queue_says_when_to_come_back(http, metric):
 @pytest.fixture(autouse=True)
 def _server_goes_on(client):
     yield
-    answer, _ = ask(client, "Write 4721 in words.", adapters=["numbers", "shout"], max_tokens=3)
-    assert answer.startswith("FOUR")
+    answer, _ = ask(client, "Write 4721 in words.", adapters=["numbers", "shout"], max_tokens=8)
+    assert answer.startswith("FOUR THOUSAND")

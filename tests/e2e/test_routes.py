@@ -98,7 +98,7 @@ def test_what_is_dropped_is_gone_from_every_tier_and_can_be_made_again(http):
 
 def test_a_merge_in_use_is_not_dropped_until_its_requests_are_done(http, client):
     wanted = new_set()
-    asked = chat(NUMBER, **wanted) | {"max_tokens": 96, "stream": True}
+    asked = chat(NUMBER, **wanted) | {"max_tokens": 256, "stream": True}
     asked["extra_body"] |= {"ignore_eos": True}
     stream = client.chat.completions.create(**asked)
     identity = next(iter(stream)).model

@@ -257,4 +257,4 @@ def merges(http: httpx.Client) -> list[dict[str, object]]:
 @pytest.fixture(autouse=True)
 def _server_goes_on(client: OpenAI):
     yield
-    assert ask(client, NUMBER, max_tokens=2, model="numbers")[0].startswith("four")
+    assert ask(client, NUMBER, max_tokens=8, model="numbers")[0].startswith("four thousand")

@@ -16,11 +16,7 @@ from lego_core import LoraAdapter
 from tests.plugin.played_vllm import NAMES, nothing_left, room_for_one, use
 from tests.plugin.test_interception import echo
 from vllm_lego.adapter_set import AdapterSet
-from vllm_lego.errors import (
-    BusyError,
-    MergeTimeoutError,
-    UnmergeableError,
-)
+from vllm_lego.errors import BusyError, MergeTimeoutError, UnmergeableError
 from vllm_lego.identity import engine_id
 from vllm_lego.interception import Interception
 from vllm_lego.recipe import Recipe

@@ -10,9 +10,7 @@ import pytest
 
 from tests.plugin.played_vllm import use
 from vllm_lego.adapter_set import AdapterSet
-from vllm_lego.errors import (
-    ShuttingDownError,
-)
+from vllm_lego.errors import ShuttingDownError
 
 
 def test_shutting_down_waits_for_what_was_taken_and_refuses_what_comes(start):
