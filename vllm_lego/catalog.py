@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -17,15 +16,15 @@ from lego_core import AdapterConfig, LegoError, describe_adapter
 from vllm_lego.access import Access
 from vllm_lego.adapter_set import shown
 from vllm_lego.errors import UnknownAdapterError, UnmergeableError
+from vllm_lego.looks import Looks, Seen
 from vllm_lego.settings import Settings, variable_name
-from vllm_lego.sources import SHARED_S, AdapterFolder, HubAdapters, HubAllowList, is_read
+from vllm_lego.sources import AdapterFolder, HubAdapters, HubAllowList, is_read
 
 logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
 
 _REMEMBERED = 4096
 
-_Stamp = tuple[tuple[str | int, ...], ...]
-_Key = tuple[str, str, _Stamp | None]
+_Key = tuple[str, str, Seen]
 """Name, folder, and what changes whenever its files do."""
 
 
@@ -76,9 +75,7 @@ class Catalog:
         self._known: LRUCache[_Key, CatalogEntry] = LRUCache(_REMEMBERED)
         self._files = files
         self._reading: dict[_Key, asyncio.Future[CatalogEntry]] = {}
-        self._stamps: LRUCache[str, tuple[float, asyncio.Future[_Stamp | None]]] = LRUCache(
-            _REMEMBERED
-        )
+        self._looks = Looks(files)
 
     @classmethod
     def of(
@@ -177,17 +174,20 @@ class Catalog:
             BusyError: an adapter did not come from the hub.
         """
         names = list(names)
-        for name in names:  # while the folder is looked at; all that a warm set waits for
-            if self._access.may_name(name) and (path := self._here(name)) is not None:
-                self._stamp(path)
-        names = await self.check_names(names, param=param)
-        here = {name: path for name in names if (path := self._here(name)) is not None}
-        if absent := [name for name in names if name not in here]:
-            fetched = await asyncio.gather(*(self._from_hub(name, param) for name in absent))
-            here |= dict(zip(absent, fetched, strict=True))
-        stamps = [(name, self._stamp(here[name])) for name in names]
-        keys = [(name, here[name], await asyncio.shield(stamp)) for name, stamp in stamps]
-        found = {key: self._known[key] for key in keys if key in self._known}
+        here = {n: path for n in names if self._access.may_name(n) and (path := self._here(n))}
+        home = None if all(name in self._served for name in names) else self._folder
+        sights = [(_stamp, path) for path in here.values()]
+        seen = await self._looks.at([*sights, home.sight] if home else sights)
+        # A set that is ready has waited for no more than that.
+        if len(here) == len(names) and (home is None or home.is_as_seen(seen[home.sight])):
+            self._access.check(names, param=param)
+        else:
+            await self.check_names(names, param=param)
+            paths = await asyncio.gather(*(self._find(name, param) for name in names))
+            here = dict(zip(names, paths, strict=True))
+            seen = await self._looks.at((_stamp, path) for path in paths)
+        keys = [(name, path := here[name], seen[_stamp, path]) for name in names]
+        found = {key: entry for key in keys if (entry := self._known.get(key)) is not None}
         if unread := [key for key in keys if key not in found]:
             try:
                 read = await asyncio.gather(*map(self._read, unread))
@@ -217,23 +217,14 @@ class Catalog:
     def _here(self, name: str) -> str | None:
         return self._served[name] if name in self._served else self._in_folder(name)
 
-    async def _from_hub(self, name: str, param: str) -> str:
-        if self._hub is None:
+    async def _find(self, name: str, param: str) -> str:
+        """Return where an adapter is, from now on if it comes from the hub."""
+        path = self._here(name)
+        if path is None and self._hub is not None:
+            path = await self._hub.folder(name, param=param)
+        if path is None:
             raise UnknownAdapterError(f"adapter {shown(name)} is not served here", param=param)
-        return await self._hub.folder(name, param=param)
-
-    def _stamp(self, path: str) -> asyncio.Future[_Stamp | None]:
-        """Stamp a folder, once for all who ask meanwhile: one that does not answer holds one thread.
-
-        One younger than `SHARED_S` is used again.
-        """
-        asked, stamp = self._stamps.get(path) or (0.0, None)
-        now = time.monotonic()
-        if stamp is None or (stamp.done() and now - asked > SHARED_S):
-            loop = asyncio.get_running_loop()
-            stamp = loop.run_in_executor(self._files, _stamp, path)
-            self._stamps[path] = now, stamp
-        return stamp
+        return path
 
     def _read(self, key: _Key) -> asyncio.Future[CatalogEntry]:
         """Read an adapter's files, once for all who ask meanwhile."""
@@ -251,7 +242,7 @@ class Catalog:
             self._known[key] = reading.result()
 
 
-def _stamp(path: str) -> _Stamp | None:
+def _stamp(path: str) -> Seen:
     """Return what changes whenever the files do, shards and their index too; None if there are none."""
     try:
         with os.scandir(path) as files:

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from vllm_lego import tracing
 from vllm_lego._vllm import Engine
 from vllm_lego.access import Access
 from vllm_lego.adapter_set import AdapterSet, shown
 from vllm_lego.cache import CachedMerge
-from vllm_lego.catalog import Catalog, CatalogEntry
+from vllm_lego.catalog import Catalog
 from vllm_lego.configurations import Configurations
 from vllm_lego.errors import (
     BadRequestError,
@@ -37,6 +38,7 @@ from vllm_lego.threads import hand_over_soon
 logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
 
 _FILE_THREADS = 16
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +127,7 @@ class LegoService:
     @asynccontextmanager
     async def serving_model(self, name: str) -> AsyncIterator[Serving | None]:
         """As `serving`, for a model name that vLLM does not know. None when nobody here does."""
-        async with self._in_time(1):
-            await self.catalog.refresh()
+        await self._in_time(self.catalog.refresh(), 1)
         if name not in self.catalog:
             yield None
             return
@@ -136,9 +137,8 @@ class LegoService:
     @asynccontextmanager
     async def serving_known(self, identity: str) -> AsyncIterator[Serving | None]:
         """As `serving`, for a merge id that a client sends back. None when it is not known."""
-        async with self._in_time(1):
-            recipe = await self.merged.known(identity)
-            await self.catalog.refresh()
+        recipe = await self._in_time(self.merged.known(identity), 1)
+        await self._in_time(self.catalog.refresh(), 1)
         # A store, or a folder's past, may know of adapters that are served no more.
         withdrawn = recipe is None or not all(
             self.catalog.is_named(member.name) for member in recipe.members
@@ -171,16 +171,18 @@ class LegoService:
     @asynccontextmanager
     async def _slot(self, name: str) -> AsyncIterator[None]:
         """Wait for a slot, and keep it while the context is open; see `Slots`."""
-        async with AsyncExitStack() as held:
-            held.callback(lambda: self.metrics.slots_in_use.set(self.slots.in_use()))
-            with (
-                tracing.span("lego.slot"),
-                self.metrics.waited("slot"),
-                self.metrics.waiting.labels("slot").track_inprogress(),
-            ):
-                await held.enter_async_context(self.slots.admitted(name))
+        with (
+            tracing.span("lego.slot"),
+            self.metrics.waited("slot"),
+            self.metrics.waiting.labels("slot").track_inprogress(),
+        ):
+            await self.slots.enter(name)
+        try:
             self.metrics.slots_in_use.set(self.slots.in_use())
             yield
+        finally:
+            self.slots.leave(name)
+            self.metrics.slots_in_use.set(self.slots.in_use())
 
     async def drain(self) -> None:
         """Refuse new sets, and wait until every request that was taken has been served."""
@@ -287,17 +289,12 @@ class LegoService:
         kept = await self.merges()
         return any(Recipe.decode(merge.recipe).merge_id == identity for _, merge in kept)
 
-    async def _look_up(self, wanted: AdapterSet, param: str) -> list[CatalogEntry]:
-        async with self._in_time(len(wanted.weights)):
-            return await self.catalog.look_up(wanted.weights, param=param)
-
-    @asynccontextmanager
-    async def _in_time(self, adapters: int) -> AsyncIterator[None]:
+    async def _in_time(self, reading: Awaitable[_Read], adapters: int) -> _Read:
         """Bound the reading, and downloading, of adapters."""
         limit = self.settings.merge_timeout_s
         try:
             async with asyncio.timeout(limit):
-                yield
+                return await reading
         except TimeoutError as error:
             raise MergeTimeoutError(
                 f"reading {adapters} adapters took longer than {limit:g} s; try again later"
@@ -305,7 +302,8 @@ class LegoService:
 
     async def _recipe_of(self, wanted: AdapterSet, param: str) -> Recipe:
         config = None if wanted.is_single else self._configs.of_set(wanted)
-        entries = await self._look_up(wanted, param)
+        looking = self.catalog.look_up(wanted.weights, param=param)
+        entries = await self._in_time(looking, len(wanted.weights))
         config = config or self._configs.of_one(entries[0], param=param)
         members = tuple(
             Member(entry.name, entry.path, entry.digest, wanted.weights[entry.name])

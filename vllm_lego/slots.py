@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -49,15 +49,18 @@ class Slots:
         self._line: dict[str, list[asyncio.Future[None]]] = {}
         self._pressing = 0
 
-    @asynccontextmanager
-    async def admitted(self, name: str) -> AsyncIterator[None]:
-        """Wait until the engine has a slot for this name, and keep it while the context is open."""
-        if not self._enter(name):
+    async def enter(self, name: str) -> None:
+        """Wait until the engine has a slot for this name. Whoever enters leaves, see `leave`."""
+        if not self._enters_at_once(name):
             await self._stand_in_line(name)
-        try:
-            yield
-        finally:
-            self._leave(name)
+
+    def leave(self, name: str) -> None:
+        """Give up what one `enter` got."""
+        admitted = self._admitted[name]
+        admitted.requests -= 1
+        if not admitted.requests:
+            del self._admitted[name]
+            self._admit_next()
 
     @contextmanager
     def pressed(self) -> Iterator[None]:
@@ -81,7 +84,7 @@ class Slots:
         """Return how many names stand in line."""
         return len(self._line)
 
-    def _enter(self, name: str) -> bool:
+    def _enters_at_once(self, name: str) -> bool:
         """Admit one request, if that takes nothing from those in line."""
         admitted = self._admitted.get(name)
         if admitted is not None:
@@ -107,19 +110,12 @@ class Slots:
             await place
         except asyncio.CancelledError:
             if place.done() and not place.cancelled():  # admitted at the very moment it left
-                self._leave(name)
+                self.leave(name)
             elif place in self._line.get(name, ()):
                 self._line[name].remove(place)
                 if not self._line[name]:
                     del self._line[name]
             raise
-
-    def _leave(self, name: str) -> None:
-        admitted = self._admitted[name]
-        admitted.requests -= 1
-        if not admitted.requests:
-            del self._admitted[name]
-            self._admit_next()
 
     def _admit_next(self) -> None:
         # A name that is still draining and in line as well keeps its place there.

@@ -28,13 +28,12 @@ from lego_core.adapter_io import CONFIG_FILE
 from vllm_lego.adapter_set import shown
 from vllm_lego.errors import BusyError, HubFailedError, UnknownAdapterError, UnmergeableError
 from vllm_lego.identity import MERGE_ID
+from vllm_lego.looks import SHARED_S, Seen, Sight
 from vllm_lego.settings import SettingsError, variable_name
 
 logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
 
 _FRESH_S = 1.0
-SHARED_S = 0.02
-"""Requests share a look at files that is younger: under load each would wait for threads of its own."""
 _CLOCK_TICK_NS = 20_000_000  # file systems stamp with clocks that stand still for so long
 _DOWNLOADS = 2
 _WAITING_DOWNLOADS = 16
@@ -89,6 +88,8 @@ class AdapterFolder:
         if not folder.is_dir():
             raise SettingsError(f"{variable_name('adapter_dir')} is {str(folder)!r}, but no folder")
         self._folder = folder
+        self.sight: Sight = (_status, str(folder))
+        """What is to be looked at to know, without a `refresh`, whether one is needed."""
         self._seen: tuple[int, int, int] | None = None
         self._seen_at = 0.0
         self._told: set[str] = set()
@@ -115,6 +116,10 @@ class AdapterFolder:
             answer = look.answer = loop.run_in_executor(self._thread, self._refresh, look)
         await asyncio.shield(answer)
 
+    def is_as_seen(self, seen: Seen) -> bool:
+        """Whether the same adapters are here as of the last look, given what is seen at `sight`."""
+        return seen is not None and seen == self._seen
+
     def _refresh(self, look: _Look) -> None:
         look.begun = True
         try:
@@ -123,7 +128,7 @@ class AdapterFolder:
             self._tell(f"{self._folder} cannot be read: {error.strerror}")
             self.adapters, self._seen = {}, None
             return
-        seen = now.st_dev, now.st_ino, now.st_mtime_ns
+        seen = _identity(now)
         stale = look.thorough and time.monotonic() - self._seen_at > _FRESH_S
         if seen != self._seen or stale:
             self._seen_at = time.monotonic()
@@ -178,6 +183,18 @@ class AdapterFolder:
         if message not in self._told:
             self._told.add(message)
             logger.warning("%s: %s", variable_name("adapter_dir"), message)
+
+
+def _status(path: str) -> Seen:
+    try:
+        return _identity(Path(path).stat())
+    except OSError:
+        return None
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int]:
+    """What changes when a folder's entries do."""
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def _folded(name: str) -> str:

@@ -16,7 +16,7 @@ import torch
 from lego_core import LoraAdapter, LoraModule, load_adapter, save_adapter
 from tests.e2e.conftest import BODY_BYTES, QUEUED_MERGES, ask
 from vllm_lego.demo.server import MODEL_NAME, shipped_adapters
-from vllm_lego.sources import SHARED_S
+from vllm_lego.looks import SHARED_S
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}

@@ -17,7 +17,7 @@ from benchmarks.serving.shapes import SHAPES, write_adapters, write_model
 from tests.e2e.conftest import TINY_SERVER
 from tests.hub_server import NEW, OLD, REPO, Hub, serving
 from vllm_lego.demo.server import LEGO_SERVE, ServerProcess, server_environment
-from vllm_lego.sources import SHARED_S
+from vllm_lego.looks import SHARED_S
 
 BOSS, TEAM = "key-of-the-boss", "key-of-the-team"
 BIG = "c" * 40

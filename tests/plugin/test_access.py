@@ -32,12 +32,12 @@ from vllm_lego.errors import (
     UnmergeableError,
 )
 from vllm_lego.interception import Interception
+from vllm_lego.looks import SHARED_S
 from vllm_lego.metrics import Metrics
 from vllm_lego.policy import Policy
 from vllm_lego.recipe import Recipe
 from vllm_lego.service import LegoService, Serving
 from vllm_lego.settings import Settings, SettingsError
-from vllm_lego.sources import SHARED_S
 
 KEYS = ("one", "two")
 

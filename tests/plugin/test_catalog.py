@@ -18,8 +18,8 @@ from vllm_lego import catalog
 from vllm_lego.access import Access
 from vllm_lego.catalog import Catalog, CatalogEntry
 from vllm_lego.errors import UnknownAdapterError, UnmergeableError
+from vllm_lego.looks import SHARED_S
 from vllm_lego.policy import Policy
-from vllm_lego.sources import SHARED_S
 
 
 def saved(folder: Path, value: float = 1.0) -> Path:
@@ -90,7 +90,7 @@ def test_a_file_that_took_the_place_of_shards_is_noticed(tmp_path):
 def test_who_asks_soon_after_another_shares_its_look(tmp_path, monkeypatch):
     looks = []
     stamp = catalog._stamp
-    monkeypatch.setattr(catalog, "SHARED_S", 1000.0)
+    monkeypatch.setattr("vllm_lego.looks.SHARED_S", 1000.0)
     monkeypatch.setattr(catalog, "_stamp", lambda path: (looks.append(path), stamp(path))[1])
     adapters = Catalog({name: str(saved(tmp_path / name)) for name in "ab"})
 

@@ -25,10 +25,10 @@ from vllm_lego.errors import (
     WorkersDisagreeError,
 )
 from vllm_lego.identity import engine_id
+from vllm_lego.looks import SHARED_S
 from vllm_lego.recipe import Recipe
 from vllm_lego.service import Serving
 from vllm_lego.settings import Settings
-from vllm_lego.sources import SHARED_S
 
 
 def test_miss_then_hit_and_any_order(start):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 from hypothesis import given
@@ -26,6 +26,15 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
+@asynccontextmanager
+async def slot(slots, name):
+    await slots.enter(name)
+    try:
+        yield
+    finally:
+        slots.leave(name)
+
+
 class Requests:
     """Requests that last until they are told to end."""
 
@@ -38,7 +47,7 @@ class Requests:
         end = asyncio.Event()
 
         async def request() -> None:
-            async with self.slots.admitted(name):
+            async with slot(self.slots, name):
                 self.running.append(name)
                 try:
                     await end.wait()
@@ -129,7 +138,7 @@ def test_steady_traffic_on_all_slots_keeps_nobody_longer_than_the_bound(count):
         admitted: dict[str, float] = {}
 
         async def request(name: str) -> None:
-            async with slots.admitted(name):
+            async with slot(slots, name):
                 admitted.setdefault(name, clock.now)
                 end = asyncio.Event()
                 ends.append((clock.now + longest, end))

@@ -20,8 +20,9 @@ from lego_core.adapter_files import WEIGHTS_FILE
 from tests.hub_server import plain
 from vllm_lego.catalog import Catalog
 from vllm_lego.errors import UnknownAdapterError
+from vllm_lego.looks import SHARED_S
 from vllm_lego.settings import SettingsError
-from vllm_lego.sources import SHARED_S, AdapterFolder, HubAdapters, HubAllowList
+from vllm_lego.sources import AdapterFolder, HubAdapters, HubAllowList
 
 LIMIT = 1 << 20
 
