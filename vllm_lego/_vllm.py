@@ -5,7 +5,7 @@ What each patch needs is in `compatibility.py`, and is looked for before anythin
 | patch | why | how | can go when |
 | --- | --- | --- | --- |
 | `lora_model_runner_mixin.LRUCacheWorkerLoRAManager` | vLLM loads an adapter from a path, on the engine's loop | a subclass whose `_load_adapter` takes finished tensors for a `lego://` path; everything else is vLLM's | LoRARequest can carry tensors |
-| `LoRAModelManager.activate_adapter` (one instance) | for each pair of matrices of a layer it launches four small copies, some 900 for an 8B model, while all streams wait | for merges, what the layers write is noted and written at once; which layer takes what is decided by vLLM | vLLM copies in batches |
+| `LoRAModelManager.activate_adapter` (one instance) | for each pair of matrices of a layer it launches four small copies, some 900 for an 8B model, while all streams wait | for merges without a slot, what the layers write is noted and written at once; which layer takes what is decided by vLLM | vLLM copies in batches |
 | `WorkerBase.lego_stage`, `.lego_discard`, `.lego_kept`, `.lego_forget` | a worker has no way to start work off the loop | four methods more, called through `collective_rpc` | vLLM has a registry of worker methods |
 | `torch_ops.bgmv_shrink` and `.bgmv_expand`, on the CPU platform only | in a batch with LoRA requests they give requests of the base model the adapter of the last slot | what they add is zero for tokens without an adapter, as with the GPU kernels | vLLM pull request 48421 or its like is in the oldest version supported |
 | `OpenAIServingModels.show_available_models` (one instance) | `/v1/models` would list every merge ever served, and nothing that vLLM does not serve itself | filters the first out of the list and adds the second | adapters can be served without being listed |
@@ -176,11 +176,13 @@ def _name_mapper(manager: Any) -> Any:
 
 def _fill_slots_at_once(manager: Any) -> None:
     """Write a merge into its slot in a few launches: vLLM takes four for every matrix pair."""
+    check_needs("LoRAModelManager", manager=manager)
     stock = manager.activate_adapter
     writes = SlotWrites(manager.modules.values(), ("lora_a_stacked", "lora_b_stacked"))
 
     def activate_adapter(lora_id: int) -> bool:
-        if not is_engine_id(lora_id):
+        # vLLM calls this for every adapter of every step; most are in a slot already.
+        if not is_engine_id(lora_id) or lora_id in manager.lora_index_to_id:
             return bool(stock(lora_id))
         with record_function("lego.register"), writes.noted():
             return bool(stock(lora_id))

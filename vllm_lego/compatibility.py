@@ -30,6 +30,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "LoRAModelManager.activate_adapter": (
         "vllm.lora.model_manager:LoRAModelManager.activate_adapter",
     ),
+    "LoRAModelManager": ("manager:lora_index_to_id", "manager:modules"),
     "OpenAIServingModels.show_available_models": (
         "models:show_available_models",
         "models:is_base_model",

@@ -15,6 +15,7 @@ from lego_core.adapter_save import PREFIX
 
 _ALIGNMENT = 16  # of each tensor in the buffer: a multiple of every dtype's size
 _WORDS_AT_ONCE = 1 << 20
+_BYTES_AT_ONCE = 4 << 20
 
 LINEAR_HALVES = ".lora_A.weight", ".lora_B.weight"
 EMBEDDING_HALVES = ".lora_embedding_A", ".lora_embedding_B"
@@ -105,15 +106,19 @@ class PackedAdapter:
         """
         if self.buffer.device.type == device.type:
             return self
-        return replace(self, buffer=self.buffer.to(device))
+        room = torch.empty_like(self.buffer, device=device)
+        return replace(self, buffer=_copied(self.buffer, room))
 
     def in_host_memory(self, block: torch.Tensor | None = None) -> PackedAdapter:
         """Return it in a block of host memory; without one, where it lies if that is on the host.
 
         Waits for the copy.
         """
-        buffer = self.buffer.cpu() if block is None else block.copy_(self.buffer)
-        return self if buffer is self.buffer else replace(self, buffer=buffer)
+        if block is None:
+            if self.buffer.device.type == "cpu":
+                return self
+            block = torch.empty_like(self.buffer, device="cpu")
+        return replace(self, buffer=_copied(self.buffer, block))
 
     def fingerprint(self) -> str:
         """Return 16 hex digits that any change of one 32-bit word changes; no cryptography.
@@ -129,6 +134,21 @@ class PackedAdapter:
             factors = torch.arange(start, start + len(part), device=part.device) * 2 + 1
             total += int((part * factors).sum())
         return f"{total % (1 << 64):016x}"
+
+
+def _copied(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Copy bytes to where there is room for them, and wait for it on the current stream.
+
+    In parts: a GPU copies in turns, and the few bytes of each of the engine's steps would wait for a
+    copy of a whole adapter to end.
+    """
+    parts = (torch.split(whole, _BYTES_AT_ONCE) for whole in (target, source))
+    for part, original in zip(*parts, strict=True):
+        part.copy_(original, non_blocking=True)
+    for device in {source.device, target.device}:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+    return target
 
 
 def _whole_words(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:

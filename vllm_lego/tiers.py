@@ -132,10 +132,6 @@ class Tiers:
             with self._lock:
                 if packed is not kept and packed.nbytes <= self._on_device.maxsize:
                     self._on_device[member.digest] = packed
-        elif self._device.type == "cuda":
-            # From another thread's stream, which may get its memory back once nobody holds it:
-            # not before this stream has read it.
-            packed.buffer.record_stream(torch.cuda.current_stream(self._device))
         return packed.unpack(member.name)
 
     def spare_device(self, merges_bytes: int) -> None:

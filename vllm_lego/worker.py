@@ -8,7 +8,6 @@ and return a result.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -99,12 +98,12 @@ class StagingArea:
         self._dtype = dtype
         self._workers = workers
         self._merges: dict[str, _Staging] = {}
-        pinned = device.type == "cuda"  # on a CPU, host memory is where merges are made
-        memory = HostMemory(settings.host_cache_bytes, pin=True) if pinned else None
+        on_gpu = device.type == "cuda"  # on a CPU, host memory is where merges are made
+        memory = HostMemory(settings.host_cache_bytes, pin=True) if on_gpu else None
+        self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         self.tiers = Tiers(device, check, settings, memory, writes=rank == 0)
         self._account = self.tiers.account()
         self._jobs: list[_Job] = []
-        self._local = threading.local()
         hand_over_soon()
         self._threads = ThreadPoolExecutor(
             max_workers=settings.merge_threads,
@@ -300,17 +299,13 @@ class StagingArea:
             yield
 
     def _side_stream(self) -> AbstractContextManager[Any]:
-        """On CUDA, a stream of the thread's own: the model's kernels do not queue behind it.
+        """On CUDA, a stream of the threads' own: the model's kernels do not queue behind it.
 
-        One stream a thread, for good: PyTorch keeps freed memory for the stream it was used on.
-        The thread synchronises it before it hands anything over, so that whoever sees the result
-        may use it on any stream.
+        One for all threads: PyTorch keeps freed memory for the stream it was used on, so that with
+        one each they would take more than the budget. A thread synchronises it before it hands
+        anything over, so that whoever sees the result may use it on any stream.
         """
-        if self._device.type != "cuda":
-            return nullcontext()
-        if not hasattr(self._local, "stream"):
-            self._local.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        return torch.cuda.stream(self._local.stream)
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
 
 def _failure(recipe: Recipe, error: BaseException) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from vllm.lora.layers.column_parallel_linear import (
     MergedColumnParallelLinearWithLoRA,
 )
 
+from vllm_lego._vllm import _fill_slots_at_once
+from vllm_lego.identity import engine_id
 from vllm_lego.slot_writes import SlotWrites
 
 SLOTS, MAX_RANK, WIDTH, HEIGHT = 3, 4, 6, 10
@@ -125,3 +127,25 @@ def test_other_layers_are_left_alone():
     embedding = SimpleNamespace(lora_a_stacked=torch.ones(SLOTS, 8, MAX_RANK))
     with SlotWrites([embedding, SimpleNamespace()], ATTRIBUTES).noted():
         assert isinstance(embedding.lora_a_stacked, torch.Tensor)
+
+
+def test_a_merge_that_has_its_slot_costs_a_step_nothing():
+    """vLLM activates every adapter of every step; to replace all layers' slots takes too long for that."""
+    model = layers(1)
+    noted: list[bool] = []
+
+    def activate_adapter(lora_id: int) -> bool:
+        noted.append(not isinstance(model[0].lora_a_stacked[0], torch.Tensor))
+        manager.lora_index_to_id[1] = lora_id
+        return True
+
+    manager = SimpleNamespace(
+        modules=dict(enumerate(model)),
+        lora_index_to_id=[None] * SLOTS,
+        activate_adapter=activate_adapter,
+    )
+    _fill_slots_at_once(manager)
+    merge, other = engine_id("lego-0123456789abcdef"), engine_id("lego-fedcba9876543210")
+    for lora_id in (merge, merge, merge, other, merge, 1):
+        manager.activate_adapter(lora_id)
+    assert noted == [True, False, False, True, True, False]
