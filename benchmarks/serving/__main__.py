@@ -14,8 +14,9 @@ the same rank, on all linear layers; sets are of three. A ratio is plugin / stoc
     S4   the first token of a cold set, by where its members are, or in the store; against stock
          vLLM loading one adapter
     S5   requests that name no set
-    S6   sets drawn by Zipf's law (s = 1), against as many single adapters that stock vLLM holds in
-         host memory, by the same law; only when asked for, it starts servers of its own
+    S6   sets drawn by Zipf's law (s = 1), none of them merged before but of known members, against
+         as many single adapters that stock vLLM holds in host memory, by the same law; only when
+         asked for, it starts servers of its own
     S8   memory that the plugin has taken by the end, against its budgets and what comes on top while
          it reads and merges, as deploy/SIZING.md has it; on the host beyond what stock vLLM had at
          the start without adapters, on the device beyond what was in use before the first set
@@ -40,10 +41,12 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import httpx
 import torch
 
 from benchmarks.serving import peers, traffic
 from benchmarks.serving.figures import Figures
+from benchmarks.serving.load import join_with
 from benchmarks.serving.shapes import SHAPES, write_adapters, write_model
 from benchmarks.serving.tables import (
     JOINING,
@@ -177,20 +180,31 @@ async def _compare(run: Run, wanted: Sequence[str]) -> None:
 
 
 async def _popularity(run: Run) -> None:
-    """S6. Stock vLLM holds the adapters under as many names as there are sets."""
+    """S6. Stock vLLM holds the adapters under as many names as there are sets.
+
+    As those are loaded at its start, members are read before the plugin is measured; sets are not.
+    What stands in line for a slot has room on the device.
+    """
     options = run.options
+    streams, tokens = min(64, max(options.streams)), options.tokens
     adapters = run.adapters(min(64, options.sets))
     paths = list(adapters.values())
     natives = {f"native{i}": paths[i % len(paths)] for i in range(options.sets)}
     host = round(1.1 * (options.sets + len(adapters)) * _bytes_of(adapters))
-    settings = {"VLLM_LEGO_HOST_CACHE_BYTES": str(host)}
+    settings = {
+        "VLLM_LEGO_DEVICE_CACHE_BYTES": str(2 * streams * _bytes_of(adapters)),
+        "VLLM_LEGO_HOST_CACHE_BYTES": str(host),
+    }
     arguments = [*run.arguments, f"--max-cpu-loras={max(8, options.sets)}"]
     draws = random.Random(0)  # noqa: S311
     popular = [1 / (1 + i) for i in range(options.sets)]
     order = draws.choices(range(options.sets), popular, k=options.requests)
     sets = [{"adapters": draws.sample(list(adapters), 3)} for _ in range(options.sets)]
-    streams, tokens = min(64, max(options.streams)), options.tokens
+    members = [{"name": name, "weight": 0.5} for name in adapters]
     with peers.running(run.model, natives, adapters, settings, arguments, options.gpus) as both:
+        async with httpx.AsyncClient(base_url=both.lego.url, timeout=600) as client:
+            for i in range(0, len(members), JOINING):
+                await join_with({"adapters": members[i : i + JOINING]})(client)
         served = []
         for server, targets in (
             (both.lego, [sets[i] for i in order]),

@@ -49,10 +49,21 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """How a load was served: tokens/s, and seconds of each request."""
+    """How loads were served: output tokens, seconds of all, and until each request's first token."""
 
-    throughput: float
+    tokens: int
+    seconds: float
     ttft_s: list[float]
+
+    def __add__(self, other: Served) -> Served:
+        """Return how both were served, one after the other."""
+        seconds = self.seconds + other.seconds
+        return Served(self.tokens + other.tokens, seconds, [*self.ttft_s, *other.ttft_s])
+
+    @property
+    def throughput(self) -> float:
+        """Output tokens/s."""
+        return self.tokens / self.seconds
 
     def ttft_ms(self, quantile: float) -> float:
         """Return a quantile of the times to the first token, in ms."""
@@ -79,7 +90,7 @@ async def serve(url: str, model: str, load: Load) -> Served:
         streams = await asyncio.gather(*(stream() for _ in range(load.streams)))
         seconds = time.perf_counter() - started
     outputs = list(itertools.chain.from_iterable(streams))
-    return Served(load.count * load.output_tokens / seconds, [one.ttft for one in outputs])
+    return Served(load.count * load.output_tokens, seconds, [one.ttft for one in outputs])
 
 
 async def _ask(
