@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+_TICKS = [10**power * step for power in range(-3, 3) for step in (1, 2, 5)]
 _NEAR_ONE = ("S1", "S2", "S5", "S6")  # the tables whose goals are within a few percent of it
 
 
@@ -130,6 +131,10 @@ class Figures:
             axes.axvline(1, color="gray", linewidth=0.5)
             if group is not near:
                 axes.set_xscale("log")
+                ends = axes.get_xlim()
+                ticks = [tick for tick in _TICKS if ends[0] <= tick <= ends[1]]
+                axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+                axes.minorticks_off()
         panels[-1, 0].set_xlabel(
             "plugin / peer\nbar: goal, diamond: median, dots: rounds, red: missed"
         )
