@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -122,3 +123,54 @@ def test_looks_that_nobody_can_share_are_let_go_of(monkeypatch):
             assert len(looked._latest) <= 11
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_the_loop_looks_at_local_files_itself_once_they_are_known_to_be(
+    tmp_path, monkeypatch, local
+):
+    device = tmp_path.stat().st_dev
+    monkeypatch.setattr(looks, "_local_devices", lambda: {device} if local else set())
+
+    async def scenario():
+        volume, looked, path = Volume(), Looks(), str(tmp_path)
+        for times in (1, 2, 3):
+            assert await at(looked, volume, path, path) == [times, times]
+            await asyncio.sleep(SHARED_S)
+        own = threading.current_thread().name
+        return [thread == own for thread in volume.threads]
+
+    assert asyncio.run(scenario()) == [False, local, local]
+
+
+def test_what_goes_wrong_where_the_loop_looks_is_told_as_well(tmp_path, monkeypatch):
+    monkeypatch.setattr(looks, "_local_devices", lambda: {tmp_path.stat().st_dev})
+
+    async def scenario():
+        def see(_: str) -> int:
+            raise RuntimeError("broken")
+
+        looked = Looks()
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="broken"):
+                await looked.at([(see, str(tmp_path))])
+            await asyncio.sleep(SHARED_S)
+
+    asyncio.run(scenario())
+
+
+def test_local_are_the_file_systems_that_are_listed(tmp_path, monkeypatch):
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(
+        "27 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw\n"
+        "30 25 0:27 / /dev/shm rw - tmpfs tmpfs rw,size=24683656k\n"
+        "31 27 0:44 / /adapters rw,relatime shared:7 master:1 - nfs4 server:/adapters rw\n"
+        "32 27 0:45 / /bucket rw - fuse.s3fs s3fs rw\n"
+    )
+    monkeypatch.setattr(looks, "_MOUNTS", mounts)
+    looks._local_devices.cache_clear()
+    assert looks._local_devices() == {os.makedev(254, 0), os.makedev(0, 27)}
+    monkeypatch.setattr(looks, "_MOUNTS", tmp_path / "none")
+    looks._local_devices.cache_clear()
+    assert not looks._local_devices()
+    looks._local_devices.cache_clear()
