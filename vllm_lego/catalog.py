@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its
 
 _REMEMBERED = 4096
 
-_Key = tuple[str, str, Seen]
+_Key = tuple[str, str, Hashable]
 """Name, folder, and what changes whenever its files do."""
 
 
@@ -173,20 +173,7 @@ class Catalog:
             UnmergeableError: files are missing or not a mergeable adapter.
             BusyError: an adapter did not come from the hub.
         """
-        names = list(names)
-        here = {n: path for n in names if self._access.may_name(n) and (path := self._here(n))}
-        home = None if all(name in self._served for name in names) else self._folder
-        sights = [(_stamp, path) for path in here.values()]
-        seen = await self._looks.at([*sights, home.sight] if home else sights)
-        # A set that is ready has waited for no more than that.
-        if len(here) == len(names) and (home is None or home.is_as_seen(seen[home.sight])):
-            self._access.check(names, param=param)
-        else:
-            await self.check_names(names, param=param)
-            paths = await asyncio.gather(*(self._find(name, param) for name in names))
-            here = dict(zip(names, paths, strict=True))
-            seen = await self._looks.at((_stamp, path) for path in paths)
-        keys = [(name, path := here[name], seen[_stamp, path]) for name in names]
+        keys = await self._keys(list(names), param)
         found = {key: entry for key in keys if (entry := self._known.get(key)) is not None}
         if unread := [key for key in keys if key not in found]:
             try:
@@ -195,6 +182,25 @@ class Catalog:
                 raise UnmergeableError(str(error), param=param) from error
             found |= dict(zip(unread, read, strict=True))
         return [found[key] for key in keys]
+
+    async def _keys(self, names: Sequence[str], param: str) -> list[_Key]:
+        """Find adapters, and look at their files."""
+        here = {n: path for n in names if self._access.may_name(n) and (path := self._here(n))}
+        if len(here) == len(names):
+            self._access.check(names, param=param)
+            # As a rule they are where they were: then this is all that a set waits for which is ready.
+            folder = None if all(name in self._served for name in names) else self._folder
+            adapters = folder.adapters if folder else None
+            sights = [(_stamp, path) for path in here.values()]
+            marks = await self._looks.at([*sights, folder.sight] if folder else sights)
+            if folder is None or (
+                folder.adapters is adapters and folder.is_as_seen(marks[folder.sight])
+            ):
+                return [(name, path, marks[_stamp, path]) for name, path in here.items()]
+        await self.check_names(names, param=param)
+        paths = await asyncio.gather(*(self._find(name, param) for name in names))
+        marks = await self._looks.at((_stamp, path) for path in paths)
+        return [(n, path, marks[_stamp, path]) for n, path in zip(names, paths, strict=True)]
 
     def _in_folder(self, name: str) -> str | None:
         """Return where in the folder an adapter is, unless its name is taken."""
@@ -243,16 +249,17 @@ class Catalog:
 
 
 def _stamp(path: str) -> Seen:
-    """Return what changes whenever the files do, shards and their index too; None if there are none."""
+    """See what changes whenever the files do, shards and their index too."""
     try:
         with os.scandir(path) as files:
             stats = {file.name: file.stat() for file in files if is_read(file.name)}
     except OSError:
-        return None
-    return tuple(
+        return Seen()
+    mark = tuple(
         (name, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         for name, stat in sorted(stats.items())
     )
+    return Seen(mark, frozenset(stat.st_dev for stat in stats.values()))
 
 
 def _describe(name: str, path: str) -> CatalogEntry:

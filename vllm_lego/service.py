@@ -137,8 +137,7 @@ class LegoService:
     @asynccontextmanager
     async def serving_known(self, identity: str) -> AsyncIterator[Serving | None]:
         """As `serving`, for a merge id that a client sends back. None when it is not known."""
-        recipe = await self._in_time(self.merged.known(identity), 1)
-        await self._in_time(self.catalog.refresh(), 1)
+        recipe = await self._in_time(self._known(identity), 1)
         # A store, or a folder's past, may know of adapters that are served no more.
         withdrawn = recipe is None or not all(
             self.catalog.is_named(member.name) for member in recipe.members
@@ -171,17 +170,19 @@ class LegoService:
     @asynccontextmanager
     async def _slot(self, name: str) -> AsyncIterator[None]:
         """Wait for a slot, and keep it while the context is open; see `Slots`."""
-        with (
-            tracing.span("lego.slot"),
-            self.metrics.waited("slot"),
-            self.metrics.waiting.labels("slot").track_inprogress(),
-        ):
-            await self.slots.enter(name)
         try:
-            self.metrics.slots_in_use.set(self.slots.in_use())
-            yield
-        finally:
-            self.slots.leave(name)
+            with (
+                tracing.span("lego.slot"),
+                self.metrics.waited("slot"),
+                self.metrics.waiting.labels("slot").track_inprogress(),
+            ):
+                await self.slots.enter(name)
+            try:
+                self.metrics.slots_in_use.set(self.slots.in_use())
+                yield
+            finally:
+                self.slots.leave(name)
+        finally:  # also when it left the line
             self.metrics.slots_in_use.set(self.slots.in_use())
 
     async def drain(self) -> None:
@@ -279,6 +280,12 @@ class LegoService:
                     await self.merged.register(recipe)
                     self.metrics.requests.labels(result).inc()
                     yield Serving(recipe.merge_id, result)
+
+    async def _known(self, identity: str) -> Recipe | None:
+        """Return how a merge is made, and see which adapters there are now."""
+        recipe = await self.merged.known(identity)
+        await self.catalog.refresh()
+        return recipe
 
     async def _is_kept(self, identity: str) -> bool:
         """Whether any tier has a merge, or it is being made, and the caller may see it."""

@@ -13,7 +13,7 @@ import re
 import time
 import unicodedata
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,9 +116,9 @@ class AdapterFolder:
             answer = look.answer = loop.run_in_executor(self._thread, self._refresh, look)
         await asyncio.shield(answer)
 
-    def is_as_seen(self, seen: Seen) -> bool:
-        """Whether the same adapters are here as of the last look, given what is seen at `sight`."""
-        return seen is not None and seen == self._seen
+    def is_as_seen(self, mark: Hashable) -> bool:
+        """Whether the same adapters are here as of the last look, given the mark at `sight`."""
+        return mark is not None and mark == self._seen
 
     def _refresh(self, look: _Look) -> None:
         look.begun = True
@@ -187,9 +187,10 @@ class AdapterFolder:
 
 def _status(path: str) -> Seen:
     try:
-        return _identity(Path(path).stat())
+        status = Path(path).stat()
     except OSError:
-        return None
+        return Seen()
+    return Seen(_identity(status), frozenset([status.st_dev]))
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int]:

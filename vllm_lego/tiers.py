@@ -50,6 +50,9 @@ class KeptMerge:
 class Tiers:
     """The caches of one worker below the merges that are ready on its device. Thread-safe.
 
+    On CUDA whoever asks for members or merges does so on one and the same stream: what another thread
+    drops is not overwritten before it has been read.
+
     Args:
         device: of the worker.
         check: raises a `LegoError` for a member that does not fit the base model.
@@ -89,8 +92,6 @@ class Tiers:
 
     def members(self, members: Sequence[Member]) -> list[LoraAdapter]:
         """Return members on the device, from there, host memory or their files.
-
-        They may be read on the current stream, whoever drops them meanwhile.
 
         Raises:
             LegoError: the files of one are not there, not the content that is meant, or do not fit.

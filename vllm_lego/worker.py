@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,7 +100,10 @@ class StagingArea:
         self._merges: dict[str, _Staging] = {}
         on_gpu = device.type == "cuda"  # on a CPU, host memory is where merges are made
         memory = HostMemory(settings.host_cache_bytes, pin=True) if on_gpu else None
-        self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
+        # To merge and to keep. One each for all threads: PyTorch keeps freed memory for its stream, so
+        # that with one for each thread they would take more than the budget. Keeping takes none.
+        self._merging = _stream(device)
+        self._keeping = _stream(device)
         self.tiers = Tiers(device, check, settings, memory, writes=rank == 0)
         self._account = self.tiers.account()
         self._jobs: list[_Job] = []
@@ -228,7 +231,11 @@ class StagingArea:
         future.set_result(merge)
         if merge.tier == "merge":
             try:
-                with torch.inference_mode(), self._side_stream(), self._range("lego.keep"):
+                with (
+                    torch.inference_mode(),
+                    torch.cuda.stream(self._keeping),
+                    self._range("lego.keep"),
+                ):
                     self.tiers.keep(recipe, merge.packed, merge.fidelity)
             except Exception:  # no host memory, for one: the merge itself is served
                 logger.exception("%s could not be kept in host memory", recipe.merge_id)
@@ -237,7 +244,7 @@ class StagingArea:
 
     def _make(self, recipe: Recipe, queued_at: float) -> StagedMerge:
         started = time.perf_counter()
-        with torch.inference_mode(), self._side_stream():
+        with torch.inference_mode(), torch.cuda.stream(self._merging):
             with self._range("lego.find"):
                 found = self.tiers.find(recipe)
             if found is not None:
@@ -298,14 +305,14 @@ class StagingArea:
                 stack.enter_context(torch.cuda.nvtx.range(name))
             yield
 
-    def _side_stream(self) -> AbstractContextManager[Any]:
-        """On CUDA, a stream of the threads' own: the model's kernels do not queue behind it.
 
-        One for all threads: PyTorch keeps freed memory for the stream it was used on, so that with
-        one each they would take more than the budget. A thread synchronises it before it hands
-        anything over, so that whoever sees the result may use it on any stream.
-        """
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+def _stream(device: torch.device) -> Any:
+    """Return a stream beside the model's, whose kernels do not queue behind it; None without CUDA.
+
+    A thread synchronises it before it hands anything over, so that whoever sees the result may use
+    it on any stream.
+    """
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def _failure(recipe: Recipe, error: BaseException) -> dict[str, Any]:

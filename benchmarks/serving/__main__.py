@@ -202,9 +202,11 @@ async def _popularity(run: Run) -> None:
     sets = [{"adapters": draws.sample(list(adapters), 3)} for _ in range(options.sets)]
     members = [{"name": name, "weight": 0.5} for name in adapters]
     with peers.running(run.model, natives, adapters, settings, arguments, options.gpus) as both:
-        async with httpx.AsyncClient(base_url=both.lego.url, timeout=600) as client:
-            for i in range(0, len(members), JOINING):
-                await join_with({"adapters": members[i : i + JOINING]})(client)
+        first = [{"adapters": members[i : i + JOINING]} for i in range(0, len(members), JOINING)]
+        for server, targets in ((both.lego, first), (both.stock, [{"model": "native0"}])):
+            async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:
+                for target in targets:
+                    await join_with(target)(client)
         served = []
         for server, targets in (
             (both.lego, [sets[i] for i in order]),

@@ -95,7 +95,7 @@ class Comparison:
 
     async def _s1(self) -> None:
         for streams in self._options.streams:
-            requests = max(8, min(2 * streams, 256))
+            requests = max(8, streams, min(4 * streams, 128))
             await self._served(
                 "S1",
                 f"{streams} streams",

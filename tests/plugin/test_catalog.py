@@ -17,9 +17,10 @@ from lego_core.adapter_files import INDEX_FILE, WEIGHTS_FILE
 from vllm_lego import catalog
 from vllm_lego.access import Access
 from vllm_lego.catalog import Catalog, CatalogEntry
-from vllm_lego.errors import UnknownAdapterError, UnmergeableError
+from vllm_lego.errors import ForbiddenError, UnknownAdapterError, UnmergeableError
 from vllm_lego.looks import SHARED_S
 from vllm_lego.policy import Policy
+from vllm_lego.sources import AdapterFolder
 
 
 def saved(folder: Path, value: float = 1.0) -> Path:
@@ -117,6 +118,39 @@ def test_files_of_what_the_caller_may_not_name_are_not_looked_at(tmp_path, monke
     with access.of([]):
         assert looked_up(adapters, "a").path == served["a"]
     assert looks == [served["a"]]
+
+
+@pytest.mark.parametrize(
+    ("names", "error"), [(("a", "c"), UnknownAdapterError), (("a", "b"), ForbiddenError)]
+)
+def test_what_is_refused_by_its_names_waits_for_no_file(tmp_path, monkeypatch, names, error):
+    monkeypatch.setattr(catalog, "_stamp", lambda _: pytest.fail("looked"))
+    access = Access(Policy.from_toml('[[allow]]\nadapters = ["a"]\n[[allow]]\nadapters = ["b"]'))
+    served = {name: str(saved(tmp_path / name)) for name in "ab"}
+    with access.of([]), pytest.raises(error):
+        asyncio.run(Catalog(served, access=access).look_up(names, param="adapters"))
+
+
+def test_a_folder_that_another_request_finds_changed_meanwhile_is_looked_at_anew(
+    tmp_path, monkeypatch
+):
+    for version in (1.0, 2.0):
+        saved(tmp_path / f".v{version:.0f}", version)
+    (tmp_path / "a").symlink_to(".v1")
+    folder, stamp, looked = AdapterFolder(tmp_path), catalog._stamp, []
+
+    def overtaken(path: str) -> Any:
+        if not looked:  # as if the other's look ended just now
+            (tmp_path / "new").symlink_to(".v2")
+            (tmp_path / "new").replace(tmp_path / "a")
+            asyncio.run(folder.refresh())
+        looked.append(path)
+        return stamp(path)
+
+    monkeypatch.setattr(catalog, "_stamp", overtaken)
+    found = looked_up(Catalog({}, folder), "a")
+    assert found.path == str(tmp_path / ".v2")
+    assert looked == [str(tmp_path / ".v1"), str(tmp_path / ".v2")]
 
 
 def test_what_could_be_a_hub_repository_is_a_folder_all_the_same(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import torch
 
 from lego_core import LoraAdapter, LoraModule, MergeConfig, merge_adapters
+from vllm_lego import packed as packing
 from vllm_lego.packed import PackedAdapter
 
 
@@ -63,3 +64,15 @@ def test_a_part_of_a_larger_storage_does_not_bring_the_rest_along():
     packed = PackedAdapter.pack(part)
     assert_same(packed.unpack(), part)
     assert packed.nbytes < merged.nbytes
+
+
+def test_a_copy_in_parts_is_the_whole(monkeypatch):
+    source = adapter("a", 0)
+    packed = PackedAdapter.pack(source)
+    monkeypatch.setattr(packing, "_BYTES_AT_ONCE", 64)
+    assert packed.nbytes > 2 * 64
+    assert packed.nbytes % 64
+    block = torch.empty(packed.nbytes, dtype=torch.uint8)
+    kept = packed.in_host_memory(block)
+    assert kept.buffer is block
+    assert_same(kept.unpack(), source)
