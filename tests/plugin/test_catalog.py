@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -138,17 +140,19 @@ def test_a_folder_that_another_request_finds_changed_meanwhile_is_looked_at_anew
         saved(tmp_path / f".v{version:.0f}", version)
     (tmp_path / "a").symlink_to(".v1")
     folder, stamp, looked = AdapterFolder(tmp_path), catalog._stamp, []
+    one_thread = ThreadPoolExecutor(1)  # so that it sees the folder after the adapter
 
     def overtaken(path: str) -> Any:
         if not looked:  # as if the other's look ended just now
             (tmp_path / "new").symlink_to(".v2")
             (tmp_path / "new").replace(tmp_path / "a")
+            os.utime(tmp_path, (1, 1))  # or any look would take it for changed just now
             asyncio.run(folder.refresh())
         looked.append(path)
         return stamp(path)
 
     monkeypatch.setattr(catalog, "_stamp", overtaken)
-    found = looked_up(Catalog({}, folder), "a")
+    found = looked_up(Catalog({}, folder, files=one_thread), "a")
     assert found.path == str(tmp_path / ".v2")
     assert looked == [str(tmp_path / ".v1"), str(tmp_path / ".v2")]
 
