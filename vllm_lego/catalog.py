@@ -253,13 +253,14 @@ def _stamp(path: str) -> Seen:
     try:
         with os.scandir(path) as files:
             stats = {file.name: file.stat() for file in files if is_read(file.name)}
+        devices = {Path(path).stat().st_dev, *(stat.st_dev for stat in stats.values())}
     except OSError:
         return Seen()
     mark = tuple(
         (name, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         for name, stat in sorted(stats.items())
     )
-    return Seen(mark, frozenset(stat.st_dev for stat in stats.values()))
+    return Seen(mark, frozenset(devices))
 
 
 def _describe(name: str, path: str) -> CatalogEntry:

@@ -90,6 +90,11 @@ def test_a_file_that_took_the_place_of_shards_is_noticed(tmp_path):
     assert looked_up(adapters, "a").digest != first.digest
 
 
+def test_a_look_tells_the_device_of_the_folder_itself(tmp_path):
+    """Its files may all be links to another."""
+    assert catalog._stamp(str(tmp_path)) == ((), {tmp_path.stat().st_dev})
+
+
 def test_who_asks_soon_after_another_shares_its_look(tmp_path, monkeypatch):
     looks = []
     stamp = catalog._stamp
