@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -17,7 +16,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-_Entered = TypeVar("_Entered")
+_Result = TypeVar("_Result")
 
 _WATCHED_AFTER_S = 0.02
 
@@ -58,16 +57,14 @@ def replay(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
-async def enter_unless_left(
-    stack: AsyncExitStack, context: AbstractAsyncContextManager[_Entered], receive: Receive
-) -> _Entered:
-    """Enter a context that may be long in coming, for a request whose body has been read.
+async def unless_left(coming: Awaitable[_Result], receive: Receive) -> _Result:
+    """Await what may be long in coming, for a request whose body has been read.
 
     An ASGI server cancels nothing when a client leaves; it says so to whoever asks. Nobody asks before
-    it has taken a while: most contexts are entered at once.
+    it has taken a while: most that is awaited is there at once.
 
     Raises:
-        ClientLeftError: it left meanwhile; the entering was cancelled.
+        ClientLeftError: it left meanwhile; the waiting was cancelled.
     """
     waiting = asyncio.current_task()
     assert waiting is not None  # noqa: S101  a coroutine runs in one
@@ -86,7 +83,7 @@ async def enter_unless_left(
 
     later = asyncio.get_running_loop().call_later(_WATCHED_AFTER_S, begin)
     try:
-        return await stack.enter_async_context(context)
+        return await coming
     except asyncio.CancelledError:
         left = watching is not None and watching.done() and watching.result()
         if left and not waiting.uncancel():  # else the server ends as well

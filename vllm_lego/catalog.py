@@ -16,7 +16,7 @@ from lego_core import AdapterConfig, LegoError, describe_adapter
 from vllm_lego.access import Access
 from vllm_lego.adapter_set import shown
 from vllm_lego.errors import UnknownAdapterError, UnmergeableError
-from vllm_lego.looks import Looks, Seen
+from vllm_lego.looks import Looks, Seen, Sight
 from vllm_lego.settings import Settings, variable_name
 from vllm_lego.sources import AdapterFolder, HubAdapters, HubAllowList, is_read
 
@@ -161,6 +161,18 @@ class Catalog:
         self._access.check(names, param=param)
         return names
 
+    def look_up_at_once(self, names: Iterable[str], *, param: str) -> list[CatalogEntry] | None:
+        """As `look_up`; None if there is something to wait for.
+
+        As a rule there is not: adapters are where they were, have been read, and lie on a local file
+        system.
+        """
+        here = self._where_they_were(list(names), param)
+        marks = None if here is None else self._looks.at_once(self._sights(here))
+        keys = None if here is None or marks is None else self._keys_if_as_seen(here, marks)
+        entries = [entry for key in keys or () if (entry := self._known.get(key)) is not None]
+        return entries if keys is not None and len(entries) == len(keys) else None
+
     async def look_up(self, names: Iterable[str], *, param: str) -> list[CatalogEntry]:
         """Describe adapters, reading the files only of those that changed since last time.
 
@@ -185,22 +197,39 @@ class Catalog:
 
     async def _keys(self, names: Sequence[str], param: str) -> list[_Key]:
         """Find adapters, and look at their files."""
-        here = {n: path for n in names if self._access.may_name(n) and (path := self._here(n))}
-        if len(here) == len(names):
-            self._access.check(names, param=param)
-            # As a rule they are where they were: then this is all that a set waits for which is ready.
-            folder = None if all(name in self._served for name in names) else self._folder
-            adapters = folder.adapters if folder else None
-            sights = [(_stamp, path) for path in here.values()]
-            marks = await self._looks.at([*sights, folder.sight] if folder else sights)
-            if folder is None or (
-                folder.adapters is adapters and folder.is_as_seen(marks[folder.sight])
-            ):
-                return [(name, path, marks[_stamp, path]) for name, path in here.items()]
+        here = self._where_they_were(names, param)
+        if here is not None:
+            adapters = self._folder.adapters if self._folder else None
+            keys = self._keys_if_as_seen(here, await self._looks.at(self._sights(here)))
+            if keys is not None and (self._folder is None or self._folder.adapters is adapters):
+                return keys
         await self.check_names(names, param=param)
         paths = await asyncio.gather(*(self._find(name, param) for name in names))
         marks = await self._looks.at((_stamp, path) for path in paths)
-        return [(n, path, marks[_stamp, path]) for n, path in zip(names, paths, strict=True)]
+        return list(zip(names, paths, marks, strict=True))
+
+    def _where_they_were(self, names: Sequence[str], param: str) -> dict[str, str] | None:
+        """Return the path of each name as of the last look, if the caller may have them."""
+        here = {n: path for n in names if self._access.may_name(n) and (path := self._here(n))}
+        if len(here) < len(names):
+            return None
+        self._access.check(names, param=param)
+        return here
+
+    def _sights(self, here: Mapping[str, str]) -> list[Sight]:
+        """Return what tells whether adapters are where they were, and of what content: theirs, and the folder's."""
+        sights: list[Sight] = [(_stamp, path) for path in here.values()]
+        if self._folder is not None and not all(name in self._served for name in here):
+            sights.append(self._folder.sight)
+        return sights
+
+    def _keys_if_as_seen(
+        self, here: Mapping[str, str], marks: Sequence[Hashable]
+    ) -> list[_Key] | None:
+        """Return the keys of adapters, given the marks at their `_sights`; None if the folder changed."""
+        if len(marks) > len(here) and self._folder and not self._folder.is_as_seen(marks[-1]):
+            return None
+        return [(name, path, mark) for (name, path), mark in zip(here.items(), marks, strict=False)]
 
     def _in_folder(self, name: str) -> str | None:
         """Return where in the folder an adapter is, unless its name is taken."""

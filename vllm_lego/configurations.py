@@ -33,6 +33,8 @@ class Configurations:
         Raises:
             BadRequestError: the request asks for what makes no sense, or is not allowed.
         """
+        if not wanted.merge:
+            return self._defaults
         try:
             config = MergeConfig.from_mapping(wanted.merge, self._defaults)
         except LegoError as error:

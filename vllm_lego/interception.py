@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import uuid
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from vllm_lego import tracing
@@ -22,11 +23,11 @@ from vllm_lego.asgi import (
     Receive,
     Scope,
     Send,
-    enter_unless_left,
     header,
     read_body,
     refusal,
     replay,
+    unless_left,
 )
 from vllm_lego.errors import (
     BadRequestError,
@@ -49,6 +50,9 @@ from vllm_lego.service import LegoService, Serving
 
 OWN_PREFIX = "/v1/adapters"
 
+_Serve = Callable[[ExitStack], Awaitable[Serving | None]]
+"""Makes a set servable until the stack is closed; of a merge id that nobody knows it gives None."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
@@ -56,12 +60,12 @@ class _Asked:
 
     Attributes:
         rest: its body as JSON, without `model` and the fields that vLLM does not know.
-        serving: makes the set servable; of a merge id that nobody knows it gives None.
+        serve: makes the set servable.
         background: id of the response that goes on after the HTTP request, if one does.
     """
 
     rest: bytes
-    serving: AbstractAsyncContextManager[Serving | None]
+    serve: _Serve
     background: str | None
 
 
@@ -100,10 +104,10 @@ class Interception:
             asked = None if request is None else self._find_set(scope, request)
             named_a_set = asked is not None
             if asked is None:
-                async with AsyncExitStack() as stack:
-                    turn = self._turn(scope, body, request, models)
-                    if turn is not None:
-                        await enter_unless_left(stack, turn, receive)
+                with ExitStack() as held:
+                    adapter = self._adapter_named(scope, body, request, models)
+                    if adapter is not None and self.service is not None:
+                        await unless_left(self.service.serve_native(adapter, held), receive)
                     await self.app(scope, replay(body, receive), send)
             else:
                 with tracing.request(scope["headers"]):
@@ -137,7 +141,7 @@ class Interception:
                 f"({service.base_model!r}) or absent",
                 param="model",
             )
-        return _asked(request, service.serving(wanted, param="adapters"))
+        return _asked(request, partial(service.serve, wanted, param="adapters"))
 
     def _set_as_model(self, scope: Scope, request: dict[str, Any]) -> _Asked | None:
         """`"model": "a+b"`, for clients that cannot add a field, and merge ids sent back."""
@@ -147,7 +151,7 @@ class Interception:
         if MERGE_ID.fullmatch(model):
             service = self._authorised_service(scope)
             refuse_repeated(request)
-            return _asked(request, service.serving_known(model))
+            return _asked(request, partial(service.serve_known, model))
         if self.service.is_served(model):
             return None
         if MODEL_SEPARATOR not in model or model in self.service.catalog:
@@ -155,13 +159,13 @@ class Interception:
                 return None
             service = self._authorised_service(scope)
             refuse_repeated(request)
-            return _asked(request, service.serving_model(model))
+            return _asked(request, partial(service.serve_model, model))
         service = self._authorised_service(scope)
         refuse_repeated(request)
         wanted = parse_model_name(
             model, request.get("merge"), max_adapters=service.settings.max_adapters
         )
-        return _asked(request, service.serving(wanted, param="model"))
+        return _asked(request, partial(service.serve, wanted, param="model"))
 
     def _may_name_another(self, body: bytes, models: list[int]) -> bool:
         """Whether a body may name a model that vLLM does not know and the catalog may."""
@@ -170,10 +174,10 @@ class Interception:
             return False
         return not all(map(service.is_served, models_named(body, models)))
 
-    def _turn(
+    def _adapter_named(
         self, scope: Scope, body: bytes, request: dict[str, Any] | None, models: list[int]
-    ) -> AbstractAsyncContextManager[None] | None:
-        """Return what a request without a set waits for, if anything: a slot, if it names one of vLLM's adapters.
+    ) -> str | None:
+        """Return the one of vLLM's adapters that a request without a set names: it waits for a slot.
 
         `request` is its body if it was parsed. One that holds a single name is not worth parsing:
         were that not the request's own `model` but something further down, it would take a turn that
@@ -191,8 +195,7 @@ class Interception:
         others = {name for name in named if not service.is_base_model(name)}
         if others:
             self._authorised_service(scope)  # nothing tells a stranger which of them exist
-        known = next((name for name in others if name in service.catalog), None)
-        return None if known is None else service.serving_native(known)
+        return next((name for name in others if name in service.catalog), None)
 
     def _authorised_service(self, scope: Scope) -> LegoService:
         """Check the key again: vLLM leaves some routes, `/tokenize` for one, open to anybody."""
@@ -213,14 +216,14 @@ class Interception:
         self, scope: Scope, receive: Receive, send: Send, body: bytes, asked: _Asked
     ) -> None:
         """Have the set merged and the request answered, and keep the merge as long as that takes."""
-        async with AsyncExitStack() as stack:
-            serving = await enter_unless_left(stack, asked.serving, receive)
+        with ExitStack() as held:
+            serving = await unless_left(asked.serve(held), receive)
             if serving is None:
                 await self.app(scope, replay(body, receive), send)
                 return
             await self._forward(scope, receive, send, asked.rest, serving)
             if asked.background is not None and self.service is not None:
-                self.service.keep_for_background(asked.background, stack.pop_all())
+                self.service.keep_for_background(asked.background, held.pop_all())
 
     async def _forward(
         self, scope: Scope, receive: Receive, send: Send, rest: bytes, serving: Serving
@@ -231,14 +234,14 @@ class Interception:
         if scope["path"].endswith(_INVOCATIONS):
             headers.append((_SAGEMAKERS_ADAPTER, serving.model.encode()))
 
-        async def send_with_headers(message: Message) -> None:
+        def send_with_headers(message: Message) -> Awaitable[None]:  # no coroutine for each token
             if message["type"] == "http.response.start" and serving.result is not None:
                 message["headers"] = [
                     *message.get("headers", ()),
                     (b"x-lego-model", serving.model.encode()),
                     (b"x-lego-cache", serving.result.encode()),
                 ]
-            await send(message)
+            return send(message)
 
         forwarded = {**scope, "headers": tracing.forwarded(headers)}
         await self.app(forwarded, replay(body, receive), send_with_headers)
@@ -277,7 +280,7 @@ def _is_own(scope: Scope) -> bool:
     return path.startswith(OWN_PREFIX)
 
 
-def _asked(request: dict[str, Any], serving: AbstractAsyncContextManager[Serving | None]) -> _Asked:
+def _asked(request: dict[str, Any], serve: _Serve) -> _Asked:
     """Note what vLLM is to get, once the merge has a name; nothing is merged yet."""
     background: object = None
     if request.get("background"):
@@ -285,4 +288,4 @@ def _asked(request: dict[str, Any], serving: AbstractAsyncContextManager[Serving
         background = request.setdefault("request_id", f"resp_{uuid.uuid4().hex}")
     if not isinstance(background, str):
         background = None  # or vLLM says what is wrong with it
-    return _Asked(without_own_fields(request), serving, background)
+    return _Asked(without_own_fields(request), serve, background)

@@ -81,12 +81,21 @@ class Looks:
         self._threads = threads
         self._latest: dict[Sight, _Look] = {}
 
-    async def at(self, sights: Iterable[Sight]) -> dict[Sight, Hashable]:
+    def at_once(self, sights: Iterable[Sight]) -> list[Hashable] | None:
+        """Look at paths. Returns the mark of each; None while a thread looks at one."""
+        looks = self._begin_all(sights)
+        return (
+            [look.result().mark for look in looks] if all(look.done() for look in looks) else None
+        )
+
+    async def at(self, sights: Iterable[Sight]) -> list[Hashable]:
         """Look at paths. Returns the mark of each."""
-        now = time.monotonic()
-        looks = {sight: self._begin(sight, now) for sight in sights}
         # Shielded: others may share what this request began, when its client has left.
-        return {sight: (await asyncio.shield(look)).mark for sight, look in looks.items()}
+        return [(await asyncio.shield(look)).mark for look in self._begin_all(sights)]
+
+    def _begin_all(self, sights: Iterable[Sight]) -> list[asyncio.Future[Seen]]:
+        now = time.monotonic()
+        return [self._begin(sight, now) for sight in sights]
 
     def _begin(self, sight: Sight, now: float) -> asyncio.Future[Seen]:
         latest = self._latest.get(sight)

@@ -88,10 +88,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return ambiguous
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def parse(body: bytes) -> dict[str, Any] | None:
     """Return the request as JSON, or None when it is not an object: vLLM says what is wrong."""
     try:
-        request = json.loads(body, object_pairs_hook=_object)
+        request = _DECODER.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
     except (ValueError, RecursionError):  # RecursionError: nested too deeply
         return None
     return request if isinstance(request, dict) else None
@@ -99,8 +102,10 @@ def parse(body: bytes) -> dict[str, Any] | None:
 
 def ever_names_a_set(request: dict[str, Any]) -> bool:
     """Whether `adapters` names some in any of its occurrences; the last one is what counts."""
+    if not names_none(request.get("adapters")):
+        return True
     repeated = request.repeated.get("adapters", ()) if isinstance(request, _Ambiguous) else ()
-    return not all(names_none(value) for value in (request.get("adapters"), *repeated))
+    return not all(map(names_none, repeated))
 
 
 def without_own_fields(request: dict[str, Any]) -> bytes:

@@ -1,15 +1,15 @@
 """THE orchestrator: from the set of adapters in a request to a model name that serves it.
 
-Read `LegoService.serving` top-down; every stage of a request has a line there.
+Read `LegoService.serve` top-down; every stage of a request has a line there or below.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -91,7 +91,6 @@ class LegoService:
         self._all_served = asyncio.Event()
         self._all_served.set()
         self._closing = False
-        self._letting_go: set[asyncio.Task[None]] = set()
         self._configs = Configurations(settings, engine.max_rank)
         metrics.describe(
             {
@@ -105,85 +104,93 @@ class LegoService:
             max_loras=engine.slots,
         )
 
-    @asynccontextmanager
-    async def serving(self, wanted: AdapterSet, *, param: str) -> AsyncIterator[Serving]:
-        """Make a set servable and keep it so while the context is open.
+    async def serve(self, wanted: AdapterSet, held: ExitStack, *, param: str) -> Serving:
+        """Make a set servable.
 
         Args:
             wanted: the set.
+            held: keeps it so until it is closed.
             param: the field of the request that names it, for errors.
 
         Raises:
-            ServingError: it cannot be served; nothing else changed.
+            ServingError: it cannot be served; once `held` is closed nothing else has changed.
         """
         name, *_ = wanted.weights
         if wanted.is_single and self.catalog.is_native(name):
-            async with self.serving_native(name):  # vLLM serves it as it is, mergeable or not
-                yield Serving(name)
-            return
-        async with self._serving_recipe(await self._recipe_of(wanted, param)) as serving:
-            yield serving
+            await self.serve_native(name, held)  # vLLM serves it as it is, mergeable or not
+            return Serving(name)
+        return await self._serve_recipe(await self._recipe_of(wanted, param), held)
 
-    @asynccontextmanager
-    async def serving_model(self, name: str) -> AsyncIterator[Serving | None]:
-        """As `serving`, for a model name that vLLM does not know. None when nobody here does."""
+    async def serve_model(self, name: str, held: ExitStack) -> Serving | None:
+        """As `serve`, for a model name that vLLM does not know. None when nobody here does."""
         await self._in_time(self.catalog.refresh(), 1)
         if name not in self.catalog:
-            yield None
-            return
-        async with self.serving(AdapterSet({name: 1.0}), param="model") as serving:
-            yield serving
+            return None
+        return await self.serve(AdapterSet({name: 1.0}), held, param="model")
 
-    @asynccontextmanager
-    async def serving_known(self, identity: str) -> AsyncIterator[Serving | None]:
-        """As `serving`, for a merge id that a client sends back. None when it is not known."""
+    async def serve_known(self, identity: str, held: ExitStack) -> Serving | None:
+        """As `serve`, for a merge id that a client sends back. None when it is not known."""
         recipe = await self._in_time(self._known(identity), 1)
         # A store, or a folder's past, may know of adapters that are served no more.
         withdrawn = recipe is None or not all(
             self.catalog.is_named(member.name) for member in recipe.members
         )
         if recipe is None or withdrawn or not self.access.may_use(recipe):
-            yield None
-            return
-        async with AsyncExitStack() as stack:
-            try:
-                serving = await stack.enter_async_context(self._serving_recipe(recipe))
-            except (MemberChangedError, UnmergeableError) as error:
-                raise UnknownAdapterError(
-                    f"{identity} is not kept here any more, and its members have changed since",
-                    param="model",
-                ) from error
-            yield serving
+            return None
+        try:
+            return await self._serve_recipe(recipe, held)
+        except (MemberChangedError, UnmergeableError) as error:
+            raise UnknownAdapterError(
+                f"{identity} is not kept here any more, and its members have changed since",
+                param="model",
+            ) from error
 
-    @asynccontextmanager
-    async def serving_native(self, name: str) -> AsyncIterator[None]:
+    async def serve_native(self, name: str, held: ExitStack) -> None:
         """Wait for a slot for a model name that vLLM serves itself; its adapters take one too."""
         if name not in self._engine.adapters:
-            yield
             return
         if self._closing:
             raise ShuttingDownError
-        with self._taken():
-            async with self._slot(name):
-                yield
+        held.enter_context(self._taken())
+        await self._enter_slot(name, held)
 
-    @asynccontextmanager
-    async def _slot(self, name: str) -> AsyncIterator[None]:
-        """Wait for a slot, and keep it while the context is open; see `Slots`."""
-        try:
-            with (
-                tracing.span("lego.slot"),
-                self.metrics.waited("slot"),
-                self.metrics.waiting.labels("slot").track_inprogress(),
-            ):
-                await self.slots.enter(name)
+    async def _serve_recipe(self, recipe: Recipe, held: ExitStack) -> Serving:
+        if self._closing:
+            raise ShuttingDownError
+        tracing.describe(recipe)
+        held.enter_context(self._taken())
+        result = await self.merged.obtain(recipe)
+        tracing.annotate(result=result)
+        await self._enter_slot(recipe.merge_id, held)
+        held.enter_context(self.merged.cache.pinned(recipe.merge_id))
+        # Pushed out while it stood in line, perhaps on its way back already.
+        if not self.merged.is_ready(recipe.merge_id):
+            await self.merged.obtain(recipe, queue=False)
+        await self.merged.register(recipe)
+        self.metrics.requests.labels(result).inc()
+        return Serving(recipe.merge_id, result)
+
+    async def _enter_slot(self, name: str, held: ExitStack) -> None:
+        """Wait for a slot, and keep it until `held` is closed; see `Slots`."""
+        with tracing.span("lego.slot"), self.metrics.waited("slot"):
+            if not self.slots.enters_at_once(name):
+                await self._stand_in_line(name)
+        held.callback(self._leave_slot, name)
+        self._show_slots()
+
+    async def _stand_in_line(self, name: str) -> None:
+        with self.metrics.waiting.labels("slot").track_inprogress():
             try:
-                self.metrics.slots_in_use.set(self.slots.in_use())
-                yield
-            finally:
-                self.slots.leave(name)
-        finally:  # also when it left the line
-            self.metrics.slots_in_use.set(self.slots.in_use())
+                await self.slots.stand_in_line(name)
+            finally:  # also when it left the line
+                self._show_slots()
+
+    def _leave_slot(self, name: str) -> None:
+        self.slots.leave(name)
+        self._show_slots()
+
+    def _show_slots(self) -> None:
+        self.metrics.slots_in_use.set(self.slots.in_use())
 
     async def drain(self) -> None:
         """Refuse new sets, and wait until every request that was taken has been served."""
@@ -201,19 +208,13 @@ class LegoService:
             if not self._open_requests:
                 self._all_served.set()
 
-    def keep_for_background(self, response: str, held: AsyncExitStack) -> None:
+    def keep_for_background(self, response: str, held: ExitStack) -> None:
         """Keep what a request holds until its response, which goes on after it, has ended."""
         task = self._engine.background_task(response)
-
-        def let_go(_: object = None) -> None:
-            letting_go = asyncio.create_task(held.aclose())
-            self._letting_go.add(letting_go)
-            letting_go.add_done_callback(self._letting_go.discard)
-
         if task is not None:
-            task.add_done_callback(let_go)
+            task.add_done_callback(lambda _: held.close())
         else:  # refused, or over already
-            let_go()
+            held.close()
 
     async def prepare(self, wanted: AdapterSet) -> tuple[Result, CachedMerge, dict[str, float]]:
         """Make a set's merge ready on the device ahead of requests.
@@ -222,7 +223,7 @@ class LegoService:
             How it was come by, the merge, and the seconds by phase: none if it was ready.
 
         Raises:
-            ServingError: as `serving`.
+            ServingError: as `serve`.
         """
         name, *_ = await self.catalog.check_names(wanted.weights, param="adapters")
         if wanted.is_single and self.catalog.is_native(name):
@@ -231,7 +232,7 @@ class LegoService:
         recipe = await self._recipe_of(wanted, "adapters")
         if self._closing:
             raise ShuttingDownError
-        tracing.annotate(**tracing.described(recipe))
+        tracing.describe(recipe)
         with self._taken(), self.merged.cache.pinned(recipe.merge_id):
             ready = self.merged.is_ready(recipe.merge_id)
             result = await self.merged.obtain(recipe)
@@ -264,23 +265,6 @@ class LegoService:
             if self.access.may_see(Recipe.decode(merge.recipe))
         ]
 
-    @asynccontextmanager
-    async def _serving_recipe(self, recipe: Recipe) -> AsyncIterator[Serving]:
-        if self._closing:
-            raise ShuttingDownError
-        tracing.annotate(**tracing.described(recipe))
-        with self._taken():
-            result = await self.merged.obtain(recipe)
-            tracing.annotate(result=result)
-            async with self._slot(recipe.merge_id):
-                with self.merged.cache.pinned(recipe.merge_id):
-                    # Pushed out while it stood in line, perhaps on its way back already.
-                    if not self.merged.is_ready(recipe.merge_id):
-                        await self.merged.obtain(recipe, queue=False)
-                    await self.merged.register(recipe)
-                    self.metrics.requests.labels(result).inc()
-                    yield Serving(recipe.merge_id, result)
-
     async def _known(self, identity: str) -> Recipe | None:
         """Return how a merge is made, and see which adapters there are now."""
         recipe = await self.merged.known(identity)
@@ -309,8 +293,10 @@ class LegoService:
 
     async def _recipe_of(self, wanted: AdapterSet, param: str) -> Recipe:
         config = None if wanted.is_single else self._configs.of_set(wanted)
-        looking = self.catalog.look_up(wanted.weights, param=param)
-        entries = await self._in_time(looking, len(wanted.weights))
+        entries = self.catalog.look_up_at_once(wanted.weights, param=param)
+        if entries is None:
+            looking = self.catalog.look_up(wanted.weights, param=param)
+            entries = await self._in_time(looking, len(wanted.weights))
         config = config or self._configs.of_one(entries[0], param=param)
         members = tuple(
             Member(entry.name, entry.path, entry.digest, wanted.weights[entry.name])

@@ -49,13 +49,39 @@ class Slots:
         self._line: dict[str, list[asyncio.Future[None]]] = {}
         self._pressing = 0
 
-    async def enter(self, name: str) -> None:
-        """Wait until the engine has a slot for this name. Whoever enters leaves, see `leave`."""
-        if not self._enters_at_once(name):
-            await self._stand_in_line(name)
+    def enters_at_once(self, name: str) -> bool:
+        """Admit one request, if that takes nothing from those in line. Whoever enters leaves."""
+        admitted = self._admitted.get(name)
+        if admitted is not None:
+            if self._must_make_room(name):
+                return False
+            admitted.requests += 1
+            return True
+        if self._line or self._pressing or len(self._admitted) >= self.count:
+            return False
+        self._admitted[name] = _Admitted(self._clock(), 1)
+        return True
+
+    async def stand_in_line(self, name: str) -> None:
+        """Wait until the engine has a slot for this name. Whoever enters leaves, see `leave`.
+
+        For whoever does not enter at once.
+        """
+        place = asyncio.get_running_loop().create_future()
+        self._line.setdefault(name, []).append(place)
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():  # admitted at the very moment it left
+                self.leave(name)
+            elif place in self._line.get(name, ()):
+                self._line[name].remove(place)
+                if not self._line[name]:
+                    del self._line[name]
+            raise
 
     def leave(self, name: str) -> None:
-        """Give up what one `enter` got."""
+        """Give up the slot of one request that entered."""
         admitted = self._admitted[name]
         admitted.requests -= 1
         if not admitted.requests:
@@ -84,38 +110,11 @@ class Slots:
         """Return how many names stand in line."""
         return len(self._line)
 
-    def _enters_at_once(self, name: str) -> bool:
-        """Admit one request, if that takes nothing from those in line."""
-        admitted = self._admitted.get(name)
-        if admitted is not None:
-            if self._must_make_room(name):
-                return False
-            admitted.requests += 1
-            return True
-        if self._line or self._pressing or len(self._admitted) >= self.count:
-            return False
-        self._admitted[name] = _Admitted(self._clock(), 1)
-        return True
-
     def _must_make_room(self, name: str) -> bool:
         if name in self._line:  # it did before, and stays behind those it let pass
             return True
         oldest = list(self._admitted)[: None if self._pressing else len(self._line)]
         return name in oldest and self._clock() - self._admitted[name].since >= self._quantum_s
-
-    async def _stand_in_line(self, name: str) -> None:
-        place = asyncio.get_running_loop().create_future()
-        self._line.setdefault(name, []).append(place)
-        try:
-            await place
-        except asyncio.CancelledError:
-            if place.done() and not place.cancelled():  # admitted at the very moment it left
-                self.leave(name)
-            elif place in self._line.get(name, ()):
-                self._line[name].remove(place)
-                if not self._line[name]:
-                    del self._line[name]
-            raise
 
     def _admit_next(self) -> None:
         # A name that is still draining and in line as well keeps its place there.

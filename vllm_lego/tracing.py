@@ -99,6 +99,12 @@ def annotate(**attributes: Any) -> None:
         _api.trace.get_current_span().set_attributes(_named(attributes))
 
 
+def describe(recipe: Recipe) -> None:
+    """Give the current span the attributes of a request's merge."""
+    if _api is not None:
+        annotate(**described(recipe))
+
+
 def described(recipe: Recipe) -> dict[str, Any]:
     """Return what tells one merge from another, for spans and the log."""
     return {

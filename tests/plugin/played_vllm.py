@@ -7,10 +7,11 @@ of ours is the real thing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +24,7 @@ from vllm_lego.settings import Settings
 from vllm_lego.worker import StagingArea
 
 NAMES = "abcdef"
+_Served = TypeVar("_Served")
 
 
 class PlayedVllm:
@@ -82,10 +84,19 @@ class PlayedVllm:
         return {name for name, r in self.names.items() if r.lora_path.startswith("lego://")}
 
 
+@asynccontextmanager
+async def holding(
+    serve: Callable[..., Awaitable[_Served]], *args: Any, **fields: Any
+) -> AsyncIterator[_Served]:
+    """Have a service serve something, and hold it while the context is open."""
+    with ExitStack() as held:
+        yield await serve(*args, held, **fields)
+
+
 async def use(service: LegoService, names: Any, **weights: float) -> Serving:
     wanted = AdapterSet({name: weights.get(name, 1.0) for name in sorted(names)})
-    async with service.serving(wanted, param="adapters") as serving:
-        return serving
+    with ExitStack() as held:
+        return await service.serve(wanted, held, param="adapters")
 
 
 def nothing_left(service: LegoService, vllm: PlayedVllm) -> bool:

@@ -19,7 +19,7 @@ from prometheus_client import REGISTRY
 
 from lego_core import LoraAdapter, LoraModule, MergeConfig, load_adapter, save_adapter
 from tests.hub_server import REPO, Hub
-from tests.plugin.played_vllm import PlayedVllm
+from tests.plugin.played_vllm import PlayedVllm, holding
 from tests.plugin.test_interception import echo
 from vllm_lego._vllm import Engine
 from vllm_lego.access import Access, Callers
@@ -75,7 +75,7 @@ def start(tmp_path: Path):
 
 async def use(service: LegoService, *names: str, **merge: Any) -> Serving:
     wanted = AdapterSet(dict.fromkeys(sorted(names), 1.0), merge)
-    async with service.serving(wanted, param="adapters") as serving:
+    async with holding(service.serve, wanted, param="adapters") as serving:
         return serving
 
 
@@ -333,10 +333,10 @@ def test_a_withdrawn_adapter_is_not_served_by_the_ids_of_its_merges(start, tmp_p
     async def scenario():
         service, _ = start()
         known = (await use(service, "a", "x")).model
-        async with service.serving_known(known) as serving:
+        async with holding(service.serve_known, known) as serving:
             assert serving is not None
         shutil.rmtree(tmp_path / "folder" / "x")
-        async with service.serving_known(known) as serving:
+        async with holding(service.serve_known, known) as serving:
             assert serving is None
 
     asyncio.run(scenario())
@@ -360,12 +360,12 @@ def test_what_is_hidden_takes_no_turn(start):
     async def scenario():
         service, _ = start(POLICY)
         with service.access.of([(b"authorization", b"Bearer two")]):
-            async with service.serving_native("c"):
+            async with holding(service.serve_native, "c"):
                 pass
-            async with service.serving_native("a"):
+            async with holding(service.serve_native, "a"):
                 pass
         app = intercepting(service, KEYS)
-        held = [service.serving_native(name) for name in "abcd"]
+        held = [holding(service.serve_native, name) for name in "abcd"]
         for one in held:
             await one.__aenter__()
         assert await asyncio.wait_for(post(app, {"model": "b"}, "two"), 5) == (200, {"model": "b"})

@@ -39,8 +39,7 @@ def nothing_is_local(monkeypatch):
 
 
 async def at(looked: Looks, volume: Volume, *paths: str) -> list[object]:
-    seen = await looked.at((volume.see, path) for path in paths)
-    return [seen[volume.see, path] for path in paths]
+    return await looked.at((volume.see, path) for path in paths)
 
 
 async def begun(volume: Volume, path: str) -> None:
@@ -113,7 +112,7 @@ def test_what_goes_wrong_is_told_to_all_who_share_it_and_tried_again():
             assert str(told) == "broken"
         for mark in (1, 2):
             await asyncio.sleep(SHARED_S)
-            assert await looked.at([(see, "a")]) == {(see, "a"): mark}
+            assert await looked.at([(see, "a")]) == [mark]
 
     asyncio.run(scenario())
 
@@ -144,6 +143,23 @@ def test_the_loop_looks_at_local_files_itself_as_long_as_they_are(monkeypatch):
         return [thread == own for thread in volume.threads]
 
     assert asyncio.run(scenario()) == [False, True, True, False, False, True]
+
+
+def test_who_cannot_wait_sees_what_needs_no_thread(monkeypatch):
+    monkeypatch.setattr(looks, "_local_devices", lambda: {1})
+
+    async def scenario():
+        volume, looked = Volume("hung"), Looks()
+        here, hung = (volume.see, "a"), (volume.see, "hung")
+        assert looked.at_once([here]) is None  # nobody knows yet that it is local
+        assert await looked.at([here]) == looked.at_once([here]) == [1]
+        await asyncio.sleep(SHARED_S)
+        assert looked.at_once([here]) == [2]
+        assert looked.at_once([here, hung]) is None
+        volume.hung["hung"].set()
+        assert await looked.at([hung]) == [1]  # what was begun then
+
+    asyncio.run(scenario())
 
 
 def test_local_are_the_file_systems_that_are_listed(tmp_path, monkeypatch):

@@ -7,13 +7,13 @@ import itertools
 import json
 import random
 import threading
-from contextlib import AsyncExitStack
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.plugin.played_vllm import NAMES, nothing_left, use
+from tests.plugin.played_vllm import NAMES, holding, nothing_left, use
 from tests.plugin.test_interception import echo
 from vllm_lego._vllm import Engine
 from vllm_lego.adapter_set import AdapterSet
@@ -41,9 +41,9 @@ def identity(merge: Any) -> str:
 def test_a_merge_made_ahead_is_a_hit_and_takes_no_slot(start):
     async def scenario():
         service, vllm = start()
-        async with AsyncExitStack() as stack:
+        with ExitStack() as stack:
             for name in "cdef":  # every slot is taken
-                await stack.enter_async_context(service.serving_native(name))
+                await service.serve_native(name, stack)
             result, merge, seconds = await service.prepare(PAIR)
             assert (result, set(seconds)) == (
                 "miss",
@@ -92,7 +92,7 @@ def test_what_is_dropped_is_in_no_tier(start, tmp_path):
         assert [f.name for f in (tmp_path / "store").iterdir()] == [f"{kept}.safetensors"]
         assert merge not in vllm.names
         assert nothing_left(service, vllm)
-        async with service.serving_known(merge) as serving:
+        async with holding(service.serve_known, merge) as serving:
             assert serving is None  # vLLM says that there is no such model
         with pytest.raises(UnknownAdapterError, match=merge):
             await service.drop(merge)
@@ -144,7 +144,7 @@ def test_a_merge_in_use_or_being_made_is_not_dropped(start):
             await service.drop(merge)
         gate.set()
         await preparing
-        async with service.serving(PAIR, param="adapters"):
+        async with holding(service.serve, PAIR, param="adapters"):
             with pytest.raises(InUseError):
                 await service.drop(merge)
         vllm.output_processor.request_states["r"] = SimpleNamespace(lora_name=merge)
@@ -219,7 +219,7 @@ def test_dropping_while_others_ask_leaves_nothing_inconsistent(start, tmp_path):
         async def asks():
             for _ in range(40):
                 wanted = AdapterSet(dict.fromkeys(draws.choice(sets), 1.0))
-                async with service.serving(wanted, param="adapters") as serving:
+                async with holding(service.serve, wanted, param="adapters") as serving:
                     assert serving.model in vllm.names
                     assert serving.model in vllm.staging._merges
                     await asyncio.sleep(draws.random() * 0.002)
@@ -255,21 +255,19 @@ def test_a_background_response_keeps_merge_and_slot_until_its_task_ends(start):
         service._engine = Engine(vllm, vllm.state)
         ends = asyncio.Event()
         tasks["resp_1"] = asyncio.create_task(ends.wait())
-        async with AsyncExitStack() as stack:
-            serving = await stack.enter_async_context(service.serving(PAIR, param="adapters"))
+        with ExitStack() as stack:
+            serving = await service.serve(PAIR, stack, param="adapters")
             service.keep_for_background("resp_1", stack.pop_all())
         assert service.merged.cache.in_use(serving.model)
         assert serving.model in service.slots._admitted
         ends.set()
         await tasks["resp_1"]
         await asyncio.sleep(0)
-        await asyncio.gather(*service._letting_go)
         assert not service.merged.cache.in_use(serving.model)
         assert serving.model not in service.slots._admitted
-        async with AsyncExitStack() as stack:
-            await stack.enter_async_context(service.serving(PAIR, param="adapters"))
+        with ExitStack() as stack:
+            await service.serve(PAIR, stack, param="adapters")
             service.keep_for_background("resp_2", stack.pop_all())  # vLLM refused it
-        await asyncio.gather(*service._letting_go)
         assert not service.merged.cache.in_use(serving.model)
 
     asyncio.run(scenario())

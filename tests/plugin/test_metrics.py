@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import AsyncExitStack
+from contextlib import ExitStack
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -17,7 +17,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from lego_core.methods import METHODS
 from tests.metrics_table import documented, exposed, registered
-from tests.plugin.played_vllm import nothing_left, use
+from tests.plugin.played_vllm import holding, nothing_left, use
 from tests.plugin.test_interception import echo
 from vllm_lego import errors, metrics
 from vllm_lego.adapter_set import AdapterSet
@@ -111,7 +111,7 @@ def test_a_merge_that_waits_for_room(start):
         service, _ = start(device_cache_bytes=size)
         await use(service, "ab")  # what is read the first time is read
         before = value("vllm_lego_wait_seconds_sum", reason="room")
-        async with service.serving(pair("ab"), param="adapters"):
+        async with holding(service.serve, pair("ab"), param="adapters"):
             second = asyncio.create_task(use(service, "cd"))
             await until(lambda: waiting() == (0, 1, 0))
             await asyncio.sleep(0.2)
@@ -130,7 +130,7 @@ def pair(names: str):
 def test_an_evicted_merge_had_lain_unused_since_its_last_request_ended(start):
     async def scenario(size):
         service, _ = start(device_cache_bytes=size)
-        async with service.serving(pair("ab"), param="adapters"):
+        async with holding(service.serve, pair("ab"), param="adapters"):
             await asyncio.sleep(0.3)  # in use: does not count
             began = time.monotonic()
         await asyncio.sleep(0.2)
@@ -198,9 +198,9 @@ def test_clients_that_leave_while_they_wait_are_counted_and_wait_no_longer(start
         assert errors_total("cancelled") == 1
         read_on.set()
         assert await remains == [200]
-        async with AsyncExitStack() as held:
+        with ExitStack() as held:
             for name in "abcd":  # every slot
-                await held.enter_async_context(service.serving_native(name))
+                await service.serve_native(name, held)
             for body in asked, {"model": "e"}:
                 left = asyncio.Event()
                 leaves = asyncio.create_task(post(service, body, left))
@@ -293,10 +293,10 @@ def test_slots_and_who_waits_for_one(start):
     async def scenario():
         service, _ = start()
         assert value("vllm_lego_slots_in_use") == 0
-        held = [service.serving_native(name) for name in "abcd"]
+        held = [holding(service.serve_native, name) for name in "abcd"]
         for one in held:
             await one.__aenter__()
-        async with service.serving_native("a"):  # the same name takes no other
+        async with holding(service.serve_native, "a"):  # the same name takes no other
             assert value("vllm_lego_slots_in_use") == value("vllm_lego_slots") == 4
         late = asyncio.create_task(use(service, "ef"))
         left = asyncio.create_task(use(service, "e"))

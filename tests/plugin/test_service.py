@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from tests.plugin.played_vllm import NAMES, PlayedVllm, nothing_left, room_for_one, use
+from tests.plugin.played_vllm import NAMES, PlayedVllm, holding, nothing_left, room_for_one, use
 from vllm_lego._vllm import Engine
 from vllm_lego.adapter_set import AdapterSet
 from vllm_lego.errors import (
@@ -89,7 +89,7 @@ def test_a_merge_asked_for_by_its_id_while_it_is_made_is_waited_for(start):
         (identity,) = service.merged._merging
 
         async def known():
-            async with service.serving_known(identity) as serving:
+            async with holding(service.serve_known, identity) as serving:
                 return serving
 
         asking = asyncio.create_task(known())
@@ -104,7 +104,7 @@ def test_a_merge_asked_for_by_its_id_while_it_is_made_is_waited_for(start):
 def test_an_unknown_id_is_left_to_vllm(start):
     async def scenario():
         service, vllm = start()
-        async with service.serving_known("lego-0123456789abcdef") as serving:
+        async with holding(service.serve_known, "lego-0123456789abcdef") as serving:
             assert serving is None
         assert nothing_left(service, vllm)
 
@@ -142,7 +142,7 @@ def test_an_id_whose_members_are_gone_and_that_no_tier_has_is_unknown(start, fol
         await use(service, "ac")
         (folder / "b" / "adapter_model.safetensors").write_bytes(b"other")
         with pytest.raises(UnknownAdapterError, match=first):
-            async with service.serving_known(first):
+            async with holding(service.serve_known, first):
                 pass
 
     asyncio.run(scenario())
@@ -158,7 +158,7 @@ def test_a_restarted_server_serves_what_the_store_has_without_merging(start, tmp
         service, vllm = start(store_dir=store)
         listed = {Recipe.decode(m.recipe).merge_id: tier for tier, m in await service.merges()}
         assert listed == {first.model: "disk"}
-        async with service.serving_known(first.model) as serving:
+        async with holding(service.serve_known, first.model) as serving:
             assert serving == Serving(first.model, "hit")
         service, vllm = start(store_dir=store)
         assert await use(service, "ab") == Serving(first.model, "hit")
@@ -281,7 +281,7 @@ def test_every_refusal_is_a_serving_error(start):
         for fields in ({"rank": 9}, {"rank": "8"}, {"nonsense": 1}, {"seed": -1}):
             wanted = AdapterSet({"a": 1.0, "b": 1.0}, fields)
             with pytest.raises(ServingError) as caught:
-                async with service.serving(wanted, param="adapters"):
+                async with holding(service.serve, wanted, param="adapters"):
                     pass
             assert caught.value.status == 400
             assert caught.value.param == f"merge.{next(iter(fields))}"

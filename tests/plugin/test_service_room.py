@@ -6,14 +6,14 @@ import asyncio
 import itertools
 import random
 import threading
-from contextlib import AsyncExitStack, suppress
+from contextlib import ExitStack, suppress
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lego_core import LoraAdapter
-from tests.plugin.played_vllm import NAMES, nothing_left, room_for_one, use
+from tests.plugin.played_vllm import NAMES, holding, nothing_left, room_for_one, use
 from tests.plugin.test_interception import echo
 from vllm_lego.adapter_set import AdapterSet
 from vllm_lego.errors import BusyError, MergeTimeoutError, UnmergeableError
@@ -32,9 +32,9 @@ def test_who_stood_in_line_is_not_refused_for_a_queue_that_filled_meanwhile(star
 
     async def scenario():
         service, _ = start(check, device_cache_bytes=size, max_queued_merges=1)
-        async with AsyncExitStack() as slots:
+        with ExitStack() as slots:
             for name in "abcd":
-                await slots.enter_async_context(service.serving_native(name))
+                await service.serve_native(name, slots)
             in_line = [asyncio.create_task(use(service, "ab"))]
             while service.slots.waiting() < 1:
                 await asyncio.sleep(0.001)
@@ -76,7 +76,7 @@ def test_what_is_used_is_published_staged_and_registered_whatever_is_evicted(sta
         async def client():
             for _ in range(100):
                 wanted = AdapterSet(dict.fromkeys(draws.choice(sets), 1.0))
-                async with service.serving(wanted, param="adapters") as serving:
+                async with holding(service.serve, wanted, param="adapters") as serving:
                     for _ in range(draws.randrange(3)):
                         assert serving.model in vllm.merges()
                         assert serving.model in vllm.staging._merges
@@ -141,7 +141,9 @@ def test_what_is_in_use_is_not_pushed_out_and_the_next_waits(start):
 
     async def scenario():
         service, vllm = start(device_cache_bytes=size)
-        async with service.serving(AdapterSet({"a": 1.0, "b": 1.0}), param="adapters") as serving:
+        async with holding(
+            service.serve, AdapterSet({"a": 1.0, "b": 1.0}), param="adapters"
+        ) as serving:
             waiting = asyncio.create_task(use(service, "ac"))
             while len(vllm.staging._merges) < 2:
                 await asyncio.sleep(0.001)
@@ -159,7 +161,7 @@ def test_waiting_for_room_ends_at_the_limit(start):
 
     async def scenario():
         service, vllm = start(device_cache_bytes=size, merge_timeout_s=0.3)
-        async with service.serving(AdapterSet({"a": 1.0, "b": 1.0}), param="adapters"):
+        async with holding(service.serve, AdapterSet({"a": 1.0, "b": 1.0}), param="adapters"):
             with pytest.raises(MergeTimeoutError):
                 await use(service, "ac")
         assert nothing_left(service, vllm)
@@ -195,9 +197,12 @@ def test_an_evicted_merge_is_known_and_comes_back_as_a_hit(start):
         first = (await use(service, "ab")).model
         await use(service, "ac")
         assert first not in vllm.merges()
-        listed = {Recipe.decode(m.recipe).merge_id: tier for tier, m in await service.merges()}
+        listed: dict[str, str] = {}
+        async with asyncio.timeout(10):
+            while first not in listed:  # it is kept once it has been registered
+                listed = {Recipe.decode(m.recipe).merge_id: t for t, m in await service.merges()}
         assert listed[first] == "host"
-        async with service.serving_known(first) as serving:
+        async with holding(service.serve_known, first) as serving:
             assert serving == Serving(first, "hit")
             assert vllm.merges() == {first}
         assert nothing_left(service, vllm)
@@ -217,7 +222,7 @@ def test_a_set_that_needs_the_room_of_busy_ones_gets_it(start):
             await asyncio.sleep(delay)
             wanted = AdapterSet(dict.fromkeys(names, 1.0))
             while not done.is_set():
-                async with service.serving(wanted, param="adapters"):
+                async with holding(service.serve, wanted, param="adapters"):
                     await asyncio.sleep(0.02)
 
         await use(service, "ab")
@@ -241,14 +246,14 @@ def test_single_adapters_stand_in_the_same_line_as_sets(start):
 
     async def scenario():
         service, _ = start()
-        async with AsyncExitStack() as stack:
+        with ExitStack() as stack:
             for name in "abcd":
-                await stack.enter_async_context(service.serving_native(name))
+                await service.serve_native(name, stack)
             waiting = asyncio.create_task(use(service, "ab"))
             while not service.slots.waiting():
                 await asyncio.sleep(0.001)
             fifth = asyncio.create_task(use(service, "e"))
-            async with service.serving_native("base"):  # takes no slot
+            async with holding(service.serve_native, "base"):  # takes no slot
                 pass
             await asyncio.sleep(0.01)
             assert not waiting.done()
@@ -268,8 +273,8 @@ def test_what_pushes_in_waits_for_what_is_known(start):
         sets = list(itertools.combinations(NAMES, 2))
 
         async def client(wanted):
-            async with service.serving(
-                AdapterSet(dict.fromkeys(wanted, 1.0)), param="a"
+            async with holding(
+                service.serve, AdapterSet(dict.fromkeys(wanted, 1.0)), param="a"
             ) as serving:
                 assert serving.model in vllm.merges()
                 await asyncio.sleep(0.001)
@@ -312,9 +317,9 @@ def test_a_request_of_a_single_adapter_waits_for_its_slot_and_passes_untouched(s
         async def send(message: Any) -> None:
             sent.append(message)
 
-        async with AsyncExitStack() as stack:
+        with ExitStack() as stack:
             for name in "abcd":
-                await stack.enter_async_context(service.serving_native(name))
+                await service.serve_native(name, stack)
             request = asyncio.create_task(interception(scope, receive, send))
             for _ in range(10):
                 await asyncio.sleep(0)
@@ -344,16 +349,16 @@ def test_what_is_on_its_way_back_is_not_served_before_it_is_there(start):
 
         async def client(names: str):
             wanted = AdapterSet(dict.fromkeys(names, 1.0))
-            async with service.serving(wanted, param="adapters") as serving:
+            async with holding(service.serve, wanted, param="adapters") as serving:
                 served.append(serving.model in vllm.merges())
 
         async def waiting(names: int):
             while service.slots.waiting() < names:
                 await asyncio.sleep(0.001)
 
-        async with AsyncExitStack() as stack:
+        with ExitStack() as stack:
             for name in "abcd":
-                await stack.enter_async_context(service.serving_native(name))
+                await service.serve_native(name, stack)
             clients = [asyncio.create_task(client("ab"))]
             await waiting(1)
             clients.append(asyncio.create_task(client("ac")))  # pushes the first out

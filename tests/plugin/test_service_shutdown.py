@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from contextlib import AsyncExitStack
+from contextlib import ExitStack
 
 import pytest
 
-from tests.plugin.played_vllm import use
+from tests.plugin.played_vllm import holding, use
 from vllm_lego.adapter_set import AdapterSet
 from vllm_lego.errors import ShuttingDownError
 
@@ -22,10 +22,10 @@ def test_shutting_down_waits_for_what_was_taken_and_refuses_what_comes(start):
         vllm.shutdown = lambda timeout: stopped.set()
         service._engine.before_shutdown(service.drain)
         loop = asyncio.get_running_loop()
-        async with AsyncExitStack() as stack:
+        with ExitStack() as stack:
             for names in ("ab", "ac", "ad", "ae"):  # as many as there are slots
                 wanted = AdapterSet(dict.fromkeys(names, 1.0))
-                await stack.enter_async_context(service.serving(wanted, param="adapters"))
+                await service.serve(wanted, stack, param="adapters")
             in_line = asyncio.create_task(use(service, "af"))
             while not service.slots.waiting():
                 await asyncio.sleep(0.01)
@@ -53,7 +53,7 @@ def test_shutting_down_waits_no_longer_than_it_may(start):
         vllm.shutdown = shutdown
         service._engine.before_shutdown(service.drain)
         wanted = AdapterSet(dict.fromkeys("ab", 1.0))
-        async with service.serving(wanted, param="adapters"):
+        async with holding(service.serve, wanted, param="adapters"):
             await asyncio.to_thread(lambda: vllm.shutdown(timeout=0.1))
             assert left == [1]  # vLLM kills at once for 0
 
@@ -85,12 +85,12 @@ def test_at_a_shutdown_single_adapters_are_refused_too(start):
 
     async def scenario():
         service, _ = start()
-        async with service.serving_native("a"):
+        async with holding(service.serve_native, "a"):
             draining = asyncio.create_task(service.drain())
             await asyncio.sleep(0)
             with pytest.raises(ShuttingDownError):
                 await use(service, "a")
-            async with service.serving_native("base"):
+            async with holding(service.serve_native, "base"):
                 pass
         await asyncio.wait_for(draining, 5)
 

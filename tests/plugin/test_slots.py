@@ -28,7 +28,8 @@ async def settle() -> None:
 
 @asynccontextmanager
 async def slot(slots, name):
-    await slots.enter(name)
+    if not slots.enters_at_once(name):
+        await slots.stand_in_line(name)
     try:
         yield
     finally:
