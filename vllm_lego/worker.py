@@ -8,11 +8,12 @@ and return a result.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ from vllm_lego.tiers import Tiers
 
 logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
 
+# A front end asks every 20 ms, and its engine registers a merge between two steps.
+_TAKEN_WITHIN_S = 0.1
+_REGISTERED_WITHIN_S = 0.03
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StagedMerge:
@@ -41,6 +46,7 @@ class StagedMerge:
         fidelity: cosine to the exact weighted sum.
         fingerprint: equal on all workers that hold the same merge; empty when there is but one.
         seconds: by phase.
+        taken: set once the loop has begun to register it.
     """
 
     packed: PackedAdapter
@@ -49,6 +55,7 @@ class StagedMerge:
     fidelity: float
     fingerprint: str
     seconds: dict[str, float]
+    taken: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -164,6 +171,8 @@ class StagingArea:
         for job in self._unfinished(recipe.merge_id):
             if not job.result.done():
                 return job.result
+            if not job.result.cancelled() and job.result.exception() is None:
+                return _still_here(job.result.result())
         result: Future[StagedMerge] = Future()
         thread = self._threads.submit(self._fulfil, recipe, result, time.perf_counter())
         self._jobs.append(_Job(recipe.merge_id, result, thread))
@@ -214,6 +223,7 @@ class StagingArea:
         else:
             logger.warning("%s was not staged; the engine waits until it is", recipe.merge_id)
             merge = self._make(recipe, time.perf_counter())
+        merge.taken.set()
         if self._device.type == "cuda":
             # Made on a staging stream: not to be reused before this stream has copied it.
             merge.packed.buffer.record_stream(torch.cuda.current_stream(self._device))
@@ -230,6 +240,7 @@ class StagingArea:
             return
         future.set_result(merge)
         if merge.tier == "merge":
+            self._let_it_be_registered(merge)
             try:
                 with (
                     torch.inference_mode(),
@@ -241,6 +252,16 @@ class StagingArea:
                 logger.exception("%s could not be kept in host memory", recipe.merge_id)
                 self.tiers.tell("errors", "keep")
         self._account = self.tiers.account()
+
+    def _let_it_be_registered(self, merge: StagedMerge) -> None:
+        """Wait until the loop has registered a merge, as it mostly does at once, unless other merges wait.
+
+        Streams wait for that. To describe and write the merge meanwhile would take turns with the loop
+        for Python's lock.
+        """
+        waiting = [not (j.result.running() or j.result.done()) for j in list(self._jobs)]
+        if not any(waiting) and merge.taken.wait(_TAKEN_WITHIN_S):
+            time.sleep(_REGISTERED_WITHIN_S)
 
     def _make(self, recipe: Recipe, queued_at: float) -> StagedMerge:
         started = time.perf_counter()
@@ -304,6 +325,16 @@ class StagingArea:
             if self._device.type == "cuda":
                 stack.enter_context(torch.cuda.nvtx.range(name))
             yield
+
+
+def _still_here(merge: StagedMerge) -> Future[StagedMerge]:
+    """Return a merge once more that was let go of before its thread could keep it in host memory."""
+    seconds = dict.fromkeys(merge.seconds, 0.0)
+    found: Future[StagedMerge] = Future()
+    found.set_result(
+        replace(merge, prepared=[], tier="host", seconds=seconds, taken=threading.Event())
+    )
+    return found
 
 
 def _stream(device: torch.device) -> Any:

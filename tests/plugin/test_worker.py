@@ -26,6 +26,7 @@ from lego_core import (
     save_adapter,
 )
 from lego_core.adapter_config import CONFIG_FILE
+from vllm_lego import worker
 from vllm_lego.identity import engine_id
 from vllm_lego.packed import PackedAdapter
 from vllm_lego.recipe import Member, Recipe
@@ -214,6 +215,41 @@ def test_what_left_the_device_comes_back_from_host_memory(folders):
     again = staging.take(recipe)
     for name, module in first.modules.items():
         assert torch.equal(again.modules[name].lora_b, module.lora_b)
+
+
+@pytest.fixture
+def _patient(monkeypatch):
+    """On a slow machine, too, what is registered at once is so in time."""
+    monkeypatch.setattr(worker, "_TAKEN_WITHIN_S", 60.0)
+
+
+@pytest.mark.usefixtures("_patient")
+def test_a_merge_is_kept_once_it_has_been_registered(folders, monkeypatch):
+    staging, recipe = area(host_cache_bytes=1 << 20), recipe_of(folders)
+    keep, taken = staging.tiers.keep, []
+
+    def noted(*args: Any) -> None:
+        taken.append(staging._merges[recipe.merge_id].future.result().taken.is_set())
+        keep(*args)
+
+    monkeypatch.setattr(staging.tiers, "keep", noted)
+    assert finished(staging, recipe)["tier"] == "merge"
+    staging.take(recipe)
+    staging._threads.shutdown()
+    assert taken == [True]
+    assert len(staging.tiers.in_host_memory()) == 1
+
+
+@pytest.mark.usefixtures("_patient")
+def test_merges_that_wait_for_a_thread_wait_for_nobody_to_be_registered(folders):
+    staging = area(host_cache_bytes=1 << 20, merge_threads=1)
+    recipes = [recipe_of(folders, f"lego-{i:016x}") for i in (1, 2)]
+    staging.stage(recipes, "h")
+    started = time.monotonic()
+    assert {finished(staging, recipe)["state"] for recipe in recipes} == {"ready"}
+    assert time.monotonic() - started < 60
+    staging.take(recipes[1])
+    staging._threads.shutdown()
 
 
 def test_a_new_set_of_known_members_needs_no_disk(folders):
