@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from vllm_lego import tracing
 from vllm_lego.adapter_set import MODEL_SEPARATOR, parse_adapters, parse_model_name, shown
@@ -37,14 +36,14 @@ from vllm_lego.errors import (
 )
 from vllm_lego.identity import MERGE_ID
 from vllm_lego.request_body import (
+    Request,
     ever_names_a_set,
     may_hold_a_set,
     models_at,
     models_named,
     parse,
     refuse_repeated,
-    with_model,
-    without_own_fields,
+    with_fields,
 )
 from vllm_lego.service import LegoService, Serving
 
@@ -59,12 +58,14 @@ class _Asked:
     """A request that names a set.
 
     Attributes:
-        rest: its body as JSON, without `model` and the fields that vLLM does not know.
+        rest: of its body, see `Request`.
+        fields: that vLLM is to get besides the merge's name.
         serve: makes the set servable.
         background: id of the response that goes on after the HTTP request, if one does.
     """
 
-    rest: bytes
+    rest: str
+    fields: Mapping[str, str]
     serve: _Serve
     background: str | None
 
@@ -118,14 +119,14 @@ class Interception:
                 self.service.metrics.count_error(error.reason, named_a_set=named_a_set)
             await refusal(error)(scope, receive, send)
 
-    def _parsed(self, scope: Scope, body: bytes, models: list[int]) -> dict[str, Any] | None:
+    def _parsed(self, scope: Scope, body: bytes, models: list[int]) -> Request | None:
         """Return the request if it may name what is ours; most are not worth parsing."""
         header_names = bool(_sagemakers_model(scope))
         if header_names or may_hold_a_set(body, models) or self._may_name_another(body, models):
             return parse(body)
         return None
 
-    def _find_set(self, scope: Scope, request: dict[str, Any]) -> _Asked | None:
+    def _find_set(self, scope: Scope, request: Request) -> _Asked | None:
         """Return what a request asks for, or None when it names no set."""
         if not ever_names_a_set(request):
             return self._set_as_model(scope, request)
@@ -143,7 +144,7 @@ class Interception:
             )
         return _asked(request, partial(service.serve, wanted, param="adapters"))
 
-    def _set_as_model(self, scope: Scope, request: dict[str, Any]) -> _Asked | None:
+    def _set_as_model(self, scope: Scope, request: Request) -> _Asked | None:
         """`"model": "a+b"`, for clients that cannot add a field, and merge ids sent back."""
         model = _model_of(scope, request)
         if self.service is None or not isinstance(model, str):
@@ -175,7 +176,7 @@ class Interception:
         return not all(map(service.is_served, models_named(body, models)))
 
     def _adapter_named(
-        self, scope: Scope, body: bytes, request: dict[str, Any] | None, models: list[int]
+        self, scope: Scope, body: bytes, request: Request | None, models: list[int]
     ) -> str | None:
         """Return the one of vLLM's adapters that a request without a set names: it waits for a slot.
 
@@ -188,7 +189,7 @@ class Interception:
             return None
         named = models_named(body, models)
         if request is None and len(named) > 1:
-            request = parse(body) or {}
+            request, named = parse(body), set()
         if request is not None:
             model = _model_of(scope, request)
             named = {model} if isinstance(model, str) else set()
@@ -221,14 +222,15 @@ class Interception:
             if serving is None:
                 await self.app(scope, replay(body, receive), send)
                 return
-            await self._forward(scope, receive, send, asked.rest, serving)
+            fields = {"model": serving.model, **asked.fields}
+            body = with_fields(asked.rest, fields)
+            await self._forward(scope, receive, send, body, serving)
             if asked.background is not None and self.service is not None:
                 self.service.keep_for_background(asked.background, held.pop_all())
 
     async def _forward(
-        self, scope: Scope, receive: Receive, send: Send, rest: bytes, serving: Serving
+        self, scope: Scope, receive: Receive, send: Send, body: bytes, serving: Serving
     ) -> None:
-        body = with_model(rest, serving.model)
         headers = [(k, v) for k, v in scope["headers"] if k.lower() not in _OF_THE_OLD_BODY]
         headers.append((b"content-length", str(len(body)).encode()))
         if scope["path"].endswith(_INVOCATIONS):
@@ -263,7 +265,7 @@ def _sagemakers_model(scope: Scope) -> str:
     return named.decode("latin-1")
 
 
-def _model_of(scope: Scope, request: dict[str, Any]) -> object:
+def _model_of(scope: Scope, request: Request) -> object:
     """Return the model that vLLM would serve a request with."""
     return _sagemakers_model(scope) or request.get("model")
 
@@ -280,12 +282,15 @@ def _is_own(scope: Scope) -> bool:
     return path.startswith(OWN_PREFIX)
 
 
-def _asked(request: dict[str, Any], serve: _Serve) -> _Asked:
+def _asked(request: Request, serve: _Serve) -> _Asked:
     """Note what vLLM is to get, once the merge has a name; nothing is merged yet."""
+    fields: dict[str, str] = {}
     background: object = None
     if request.get("background"):
         # vLLM takes the id of a response from its request. We must know it to see when it ends.
-        background = request.setdefault("request_id", f"resp_{uuid.uuid4().hex}")
+        if "request_id" not in request:
+            fields["request_id"] = f"resp_{uuid.uuid4().hex}"
+        background = fields.get("request_id", request.get("request_id"))
     if not isinstance(background, str):
         background = None  # or vLLM says what is wrong with it
-    return _Asked(without_own_fields(request), serve, background)
+    return _Asked(request.rest, fields, serve, background)

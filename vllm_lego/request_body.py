@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vllm_lego.adapter_set import names_none, shown
@@ -81,53 +81,85 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) == len(pairs):
         return fields
     ambiguous = _Ambiguous(fields)
-    values: dict[str, list[Any]] = {}
-    for name, value in pairs:
-        values.setdefault(name, []).append(value)
-    ambiguous.repeated = {name: given for name, given in values.items() if len(given) > 1}
+    ambiguous.repeated = _repeated(pairs)
     return ambiguous
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+def _repeated(pairs: Iterable[tuple[str, Any]]) -> dict[str, list[Any]]:
+    values: dict[str, list[Any]] = {}
+    for name, value in pairs:
+        values.setdefault(name, []).append(value)
+    return {name: given for name, given in values.items() if len(given) > 1}
 
 
-def parse(body: bytes) -> dict[str, Any] | None:
+class Request(_Ambiguous):
+    """A request: a JSON object that knows its text, so that what is not ours goes on as it came.
+
+    Of two equal fields the last counts, as for vLLM.
+
+    Attributes:
+        repeated: all values of the fields that were given more than once.
+        rest: the text of all fields but `model` and those that vLLM does not know, without braces.
+    """
+
+    def __init__(self, text: str, found: Sequence[tuple[str, Any, slice]]) -> None:
+        super().__init__((name, value) for name, value, _ in found)
+        same = len(self) == len(found)
+        self.repeated = {} if same else _repeated((name, value) for name, value, _ in found)
+        self.rest = ", ".join(text[where] for name, _, where in found if name not in _REPLACED)
+
+
+_REPLACED = ("model", *OWN_FIELDS)
+_VALUES = json.JSONDecoder()
+_OWN_VALUES = json.JSONDecoder(object_pairs_hook=_object)
+_BRACE = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*")
+_COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
+_COMMA_OR_BRACE = re.compile(r"[ \t\n\r]*([,}])[ \t\n\r]*")
+
+
+def parse(body: bytes) -> Request | None:
     """Return the request as JSON, or None when it is not an object: vLLM says what is wrong."""
     try:
-        request = _DECODER.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
+        text = body.decode(json.detect_encoding(body), "surrogatepass")
+        return _read(text)
     except (ValueError, RecursionError):  # RecursionError: nested too deeply
         return None
-    return request if isinstance(request, dict) else None
 
 
-def ever_names_a_set(request: dict[str, Any]) -> bool:
+def _read(text: str) -> Request | None:
+    """Read an object field by field: a decoder tells where a value ends."""
+    found: list[tuple[str, Any, slice]] = []
+    match = _BRACE.match(text)
+    if match is not None and text.startswith("}", match.end()):
+        match = _COMMA_OR_BRACE.match(text, match.end())
+    while match is not None and match[0].strip() != "}":
+        start = match.end()
+        name, end = _VALUES.raw_decode(text, start)
+        colon = _COLON.match(text, end)
+        if colon is None or not isinstance(name, str):
+            return None
+        decoder = _OWN_VALUES if name in OWN_FIELDS else _VALUES
+        value, end = decoder.raw_decode(text, colon.end())
+        found.append((name, value, slice(start, end)))
+        match = _COMMA_OR_BRACE.match(text, end)
+    return Request(text, found) if match is not None and match.end() == len(text) else None
+
+
+def ever_names_a_set(request: Request) -> bool:
     """Whether `adapters` names some in any of its occurrences; the last one is what counts."""
     if not names_none(request.get("adapters")):
         return True
-    repeated = request.repeated.get("adapters", ()) if isinstance(request, _Ambiguous) else ()
-    return not all(map(names_none, repeated))
+    return not all(map(names_none, request.repeated.get("adapters", ())))
 
 
-def without_own_fields(request: dict[str, Any]) -> bytes:
-    """Return the request as JSON without the fields that vLLM does not know, and without `model`.
-
-    Raises:
-        BadRequestError: it is nested too deeply.
-    """
-    rest = {k: v for k, v in request.items() if k not in ("model", *OWN_FIELDS)}
-    try:
-        return json.dumps(rest).encode()
-    except RecursionError as error:
-        raise BadRequestError("the body is nested too deeply") from error
+def with_fields(rest: str, fields: Mapping[str, str]) -> bytes:
+    """Return a body: a `Request`'s rest, and other fields in front of it."""
+    first = json.dumps(fields)[:-1]
+    text = f"{first}, {rest}}}" if rest else f"{first}}}"
+    return text.encode("utf-8", "surrogatepass")
 
 
-def with_model(rest: bytes, model: str) -> bytes:
-    """Return the JSON object `rest` with one field more, `model`, in front."""
-    field = f'{{"model": {json.dumps(model)}'.encode()
-    return field + (b", " if rest != b"{}" else b"") + rest[1:]
-
-
-def refuse_repeated(request: dict[str, Any]) -> None:
+def refuse_repeated(request: Request) -> None:
     """Refuse a set that can be read in two ways.
 
     Whoever is in front of this server may take the first of two equal keys; JSON's last wins here.
@@ -135,7 +167,7 @@ def refuse_repeated(request: dict[str, Any]) -> None:
     Raises:
         BadRequestError: `model`, `adapters`, `merge` or a field in one of them is given twice.
     """
-    _refuse_in(request, ("model", *OWN_FIELDS), "")
+    _refuse_in(request, _REPLACED, "")
     adapters = request.get("adapters")
     for i, entry in enumerate(adapters if isinstance(adapters, list) else ()):
         _refuse_in(entry, None, f"adapters[{i}].")
