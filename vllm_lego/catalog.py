@@ -281,15 +281,12 @@ def _stamp(path: str) -> Seen:
     """See what changes whenever the files do, shards and their index too."""
     try:
         with os.scandir(path) as files:
-            stats = {file.name: file.stat() for file in files if is_read(file.name)}
-        devices = {Path(path).stat().st_dev, *(stat.st_dev for stat in stats.values())}
+            stats = [(file.name, file.stat()) for file in files if is_read(file.name)]
+        own = os.stat(path)  # noqa: PTH116  the event loop waits for this, and pathlib takes a multiple
     except OSError:
         return Seen()
-    mark = tuple(
-        (name, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        for name, stat in sorted(stats.items())
-    )
-    return Seen(mark, frozenset(devices))
+    mark = sorted((name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats)
+    return Seen(tuple(mark), frozenset([own.st_dev, *(s.st_dev for _, s in stats)]))
 
 
 def _describe(name: str, path: str) -> CatalogEntry:
