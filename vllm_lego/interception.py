@@ -50,7 +50,7 @@ from vllm_lego.service import LegoService, Serving
 OWN_PREFIX = "/v1/adapters"
 
 _Serve = Callable[[ExitStack], Awaitable[Serving | None]]
-"""Makes a set servable until the stack is closed; of a merge id that nobody knows it gives None."""
+"""Makes a set servable until the stack is closed; None if the name it came by is nobody's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,4 +293,4 @@ def _asked(request: Request, serve: _Serve) -> _Asked:
         background = fields.get("request_id", request.get("request_id"))
     if not isinstance(background, str):
         background = None  # or vLLM says what is wrong with it
-    return _Asked(request.rest, fields, serve, background)
+    return _Asked(request.rest(), fields, serve, background)

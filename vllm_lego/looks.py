@@ -82,7 +82,7 @@ class Looks:
         self._latest: dict[Sight, _Look] = {}
 
     def at_once(self, sights: Iterable[Sight]) -> list[Hashable] | None:
-        """Look at paths. Returns the mark of each; None while a thread looks at one."""
+        """Look at paths. Returns the mark of each; None if a thread looks at one, from now on or already."""
         looks = self._begin_all(sights)
         return (
             [look.result().mark for look in looks] if all(look.done() for look in looks) else None

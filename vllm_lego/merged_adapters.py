@@ -313,7 +313,7 @@ class MergedAdapters:
         try:
             async with asyncio.timeout(_LETTING_GO_S):  # an engine that is gone never answers
                 await self._engine.discard(recipe.merge_id, engine_id(recipe.merge_id))
-            if isinstance(error, WorkersDisagreeError):  # each has kept its own by now
+            if isinstance(error, WorkersDisagreeError):  # each keeps its own
                 await self._purge(recipe.merge_id)
         except Exception:  # what failed first is what is told
             logger.exception("%s could not be dropped", recipe.merge_id)

@@ -15,6 +15,8 @@ from vllm_lego.errors import BadRequestError
 
 OWN_FIELDS = ("adapters", "merge")
 MOST_MODELS = 32
+MOST_FIELDS = 1000
+"""What no client sends: to read them one by one takes the event loop longer than to read what they hold."""
 
 
 def _escaped(word: str) -> str:
@@ -99,14 +101,19 @@ class Request(_Ambiguous):
 
     Attributes:
         repeated: all values of the fields that were given more than once.
-        rest: the text of all fields but `model` and those that vLLM does not know, without braces.
     """
 
     def __init__(self, text: str, found: Sequence[tuple[str, Any, slice]]) -> None:
         super().__init__((name, value) for name, value, _ in found)
         same = len(self) == len(found)
         self.repeated = {} if same else _repeated((name, value) for name, value, _ in found)
-        self.rest = ", ".join(text[where] for name, _, where in found if name not in _REPLACED)
+        self._text = text
+        self._found = found
+
+    def rest(self) -> str:
+        """Return the text of all fields but `model` and those that vLLM does not know, without braces."""
+        found = self._found
+        return ", ".join(self._text[where] for name, _, where in found if name not in _REPLACED)
 
 
 _REPLACED = ("model", *OWN_FIELDS)
@@ -118,7 +125,11 @@ _COMMA_OR_BRACE = re.compile(r"[ \t\n\r]*([,}])[ \t\n\r]*")
 
 
 def parse(body: bytes) -> Request | None:
-    """Return the request as JSON, or None when it is not an object: vLLM says what is wrong."""
+    """Return the request as JSON, or None when it is not an object: vLLM says what is wrong.
+
+    Raises:
+        BadRequestError: it has more than `MOST_FIELDS`.
+    """
     try:
         text = body.decode(json.detect_encoding(body), "surrogatepass")
         return _read(text)
@@ -141,6 +152,8 @@ def _read(text: str) -> Request | None:
         decoder = _OWN_VALUES if name in OWN_FIELDS else _VALUES
         value, end = decoder.raw_decode(text, colon.end())
         found.append((name, value, slice(start, end)))
+        if len(found) > MOST_FIELDS:
+            raise BadRequestError(f"the body has more than {MOST_FIELDS} fields")
         match = _COMMA_OR_BRACE.match(text, end)
     return Request(text, found) if match is not None and match.end() == len(text) else None
 

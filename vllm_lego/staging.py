@@ -18,6 +18,7 @@ Answer = dict[str, Any]
 
 _FIRST_POLL_S = 0.005
 _SLOWEST_POLL_S = 0.02
+_KEEPING_POLL_S = 0.1  # while nobody waits, but the metrics
 _GROWTH = 1.25  # what a merge waits for the next question is a small part of what it took
 
 
@@ -84,7 +85,9 @@ class Stager:
                     future.set_result(statuses)
                     self._waiting.pop(recipe.merge_id, None)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), pause)
+                await asyncio.wait_for(
+                    self._news.wait(), pause if self._waiting else _KEEPING_POLL_S
+                )
                 pause = _FIRST_POLL_S
                 continue
             pause = min(pause * _GROWTH, _SLOWEST_POLL_S)

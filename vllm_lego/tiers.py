@@ -1,6 +1,6 @@
 """What a worker keeps so that it need not read or merge again: members, and merges of old.
 
-Merges go to host memory and to the store as soon as they are made, so that what the device drops
+Merges go to host memory and to the store soon after they are made, so that what the device drops
 later costs nothing to drop. Members are kept in host memory, and on the device in what its merges
 leave of the budget. Everything is bounded in bytes and goes least recently used first.
 """

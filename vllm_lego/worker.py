@@ -2,7 +2,7 @@
 
 The loop calls `stage` to start merges and again to poll them, `take` to register a finished one,
 `discard` to drop it. What is staged belongs to the loop's thread; the staging threads see a recipe
-and return a result.
+and return a result, and look at whether others wait for them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vllm_lego.tiers import Tiers
 
 logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
 
-# A front end asks every 20 ms, and its engine registers a merge between two steps.
+# Front ends ask every 20 ms at least, then register. What that takes after `take` nobody tells.
 _TAKEN_WITHIN_S = 0.1
 _REGISTERED_WITHIN_S = 0.03
 
@@ -46,7 +46,7 @@ class StagedMerge:
         fidelity: cosine to the exact weighted sum.
         fingerprint: equal on all workers that hold the same merge; empty when there is but one.
         seconds: by phase.
-        taken: set once the loop has begun to register it.
+        taken: set when the loop begins to register it.
     """
 
     packed: PackedAdapter
@@ -113,7 +113,8 @@ class StagingArea:
         self._keeping = _stream(device)
         self.tiers = Tiers(device, check, settings, memory, writes=rank == 0)
         self._account = self.tiers.account()
-        self._jobs: list[_Job] = []
+        self._jobs: list[_Job] = []  # the threads look at it
+        self._changed = threading.Condition()  # a job came, or a merge was taken
         hand_over_soon()
         self._threads = ThreadPoolExecutor(
             max_workers=settings.merge_threads,
@@ -176,6 +177,7 @@ class StagingArea:
         result: Future[StagedMerge] = Future()
         thread = self._threads.submit(self._fulfil, recipe, result, time.perf_counter())
         self._jobs.append(_Job(recipe.merge_id, result, thread))
+        self._tell_threads()
         return result
 
     def _unfinished(self, merge_id: str | None = None) -> list[_Job]:
@@ -224,6 +226,7 @@ class StagingArea:
             logger.warning("%s was not staged; the engine waits until it is", recipe.merge_id)
             merge = self._make(recipe, time.perf_counter())
         merge.taken.set()
+        self._tell_threads()
         if self._device.type == "cuda":
             # Made on a staging stream: not to be reused before this stream has copied it.
             merge.packed.buffer.record_stream(torch.cuda.current_stream(self._device))
@@ -254,14 +257,25 @@ class StagingArea:
         self._account = self.tiers.account()
 
     def _let_it_be_registered(self, merge: StagedMerge) -> None:
-        """Wait until the loop has registered a merge, as it mostly does at once, unless other merges wait.
+        """Wait while the loop registers a merge, as it mostly does at once, unless other merges wait.
 
-        Streams wait for that. To describe and write the merge meanwhile would take turns with the loop
-        for Python's lock.
+        Streams wait for the loop. To describe and write the merge meanwhile would take turns with it for
+        Python's lock.
         """
-        waiting = [not (j.result.running() or j.result.done()) for j in list(self._jobs)]
-        if not any(waiting) and merge.taken.wait(_TAKEN_WITHIN_S):
-            time.sleep(_REGISTERED_WITHIN_S)
+        with self._changed:
+            self._changed.wait_for(
+                lambda: merge.taken.is_set() or self._others_wait(), _TAKEN_WITHIN_S
+            )
+            if merge.taken.is_set():
+                self._changed.wait_for(self._others_wait, _REGISTERED_WITHIN_S)
+
+    def _others_wait(self) -> bool:
+        """Whether merges wait for a thread."""
+        return any(not (j.result.running() or j.result.done()) for j in list(self._jobs))
+
+    def _tell_threads(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _make(self, recipe: Recipe, queued_at: float) -> StagedMerge:
         started = time.perf_counter()
@@ -328,12 +342,13 @@ class StagingArea:
 
 
 def _still_here(merge: StagedMerge) -> Future[StagedMerge]:
-    """Return a merge once more that was let go of before its thread could keep it in host memory."""
-    seconds = dict.fromkeys(merge.seconds, 0.0)
+    """Return a merge once more that was let go of before its thread has kept it.
+
+    As found in host memory: that is where it will be, if there is room.
+    """
     found: Future[StagedMerge] = Future()
-    found.set_result(
-        replace(merge, prepared=[], tier="host", seconds=seconds, taken=threading.Event())
-    )
+    seconds = dict.fromkeys(merge.seconds, 0.0)
+    found.set_result(replace(merge, prepared=[], tier="host", seconds=seconds))
     return found
 
 

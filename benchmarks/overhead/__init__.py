@@ -1,1 +1,1 @@
-"""What the plugin costs requests that name no set."""
+"""What the plugin costs a request."""

@@ -1,14 +1,17 @@
-"""What does the plugin cost requests that name no set of adapters?
+"""What does the plugin cost a request, beside computing it?
 
     .venv/bin/python -m benchmarks.overhead            # both parts, two servers
     .venv/bin/python -m benchmarks.overhead --no-server  # the first part alone
+    .venv/bin/python -m benchmarks.overhead --smoke    # does it run?
 
-1. The interception alone, as an ASGI application around one that reads the body as vLLM's does:
-   microseconds that it adds to a request at the median, by the size of the body. With and without
-   take turns; the body comes in pieces of 64 KiB, as uvicorn hands them on.
-2. Throughput of the real server, requests per second, with the plugin and of stock vLLM: two
-   servers run at once, and rounds of the same requests go to them in turn. Reported: the median of
-   the rounds' ratios. `--control` measures stock vLLM against itself: what the method is worth.
+1. Requests that name no set: the interception alone, as an ASGI application around one that reads
+   the body as vLLM's does. Microseconds that it adds to a request at the median, by the size of the
+   body. With and without take turns; the body comes in pieces of 64 KiB, as uvicorn hands them on.
+2. The real server, with the plugin and stock vLLM: two servers run at once, and rounds of requests go
+   to them in turn, for the base model, and for a set that is ready against one adapter. Requests per
+   second, and the CPU time of the API server for each, which other processes disturb less. Reported:
+   the median of the rounds' ratios. `--control` measures stock vLLM against itself: what the method is
+   worth.
 """
 
 from __future__ import annotations
@@ -21,15 +24,18 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import psutil
 
+from vllm_lego.catalog import Catalog
 from vllm_lego.demo.model import embedded_model
 from vllm_lego.demo.server import (
     MODEL_NAME,
@@ -61,7 +67,10 @@ def main() -> int:
     parser.add_argument("--no-server", action="store_true", help="the first part alone")
     parser.add_argument("--control", action="store_true", help="stock vLLM against stock vLLM")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--smoke", action="store_true", help="a short run that proves it works")
     options = parser.parse_args()
+    if options.smoke:
+        options.repeats, options.rounds, options.requests = 50, 2, 8
     result: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.overhead", *sys.argv[1:]]),
         "device": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -69,7 +78,7 @@ def main() -> int:
         "interception": asyncio.run(_interception(options.repeats)),
     }
     if not options.no_server:
-        result["server"] = asyncio.run(_servers(options))
+        result["servers"] = asyncio.run(_servers(options))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "overhead.json").write_text(json.dumps(result, indent=2) + "\n")
     (options.out / "overhead.md").write_text(_table(result))
@@ -81,7 +90,10 @@ async def _interception(repeats: int) -> list[dict[str, Any]]:
     rows = []
     # All that the interception asks of the service while no request names a set: which names are
     # vLLM's adapters.
-    service: Any = SimpleNamespace(catalog={"sql", "style"}, is_served=lambda _: True)
+    catalog = Catalog({name: str(folder) for name, folder in shipped_adapters().items()})
+    service: Any = SimpleNamespace(
+        catalog=catalog, is_served=lambda _: True, is_base_model=lambda name: name == MODEL_NAME
+    )
     wrapped = Interception(_application)
     wrapped.start(service, 64 << 20, ())
     for kind, text in _TEXTS.items():
@@ -163,64 +175,100 @@ async def _application(_: Any, receive: Callable[[], Awaitable[Any]], send: Any)
     await send({"type": "http.response.body", "body": b""})
 
 
-async def _servers(options: argparse.Namespace) -> dict[str, Any]:
-    """Send rounds of short requests of the base model to both servers in turn."""
+async def _servers(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Send rounds of short requests to both servers in turn."""
     arguments = server_arguments(embedded_model(), shipped_adapters())
+    adapters = list(shipped_adapters())
+    base = {"model": MODEL_NAME}
+    loads = {"the base model": (base, base)}
+    if not options.control:
+        set_of_three = base | {"adapters": adapters[:3]}
+        loads["a set of three that is ready; one adapter"] = (set_of_three, {"model": adapters[0]})
     with ExitStack() as stack:
-        urls = {
-            plugins: stack.enter_context(
-                ServerProcess(
-                    arguments,
-                    server_environment("" if options.control else plugins),
-                    progress=print,
-                )
-            ).url
-            for plugins in ("lego", "")
-        }
-        rates: dict[str, list[float]] = {plugins: [] for plugins in urls}
+        plugin, stock = (
+            stack.enter_context(
+                ServerProcess(arguments, server_environment(plugins), progress=print)
+            )
+            for plugins in ("" if options.control else "lego", "")
+        )
+        rounds: dict[str, list[tuple[_Round, _Round]]] = {load: [] for load in loads}
         async with httpx.AsyncClient(timeout=600) as client:
             for number in range(-1, options.rounds):  # the first warms up
-                order = list(urls) if number % 2 else list(urls)[::-1]
-                for plugins in order:
-                    rate = await _round(client, urls[plugins], options)
+                for load, (of_plugin, of_stock) in loads.items():
+                    turns = [(plugin, of_plugin), (stock, of_stock)]
+                    order = turns if number % 2 else turns[::-1]
+                    took = [await _round(client, *turn, options) for turn in order]
                     if number >= 0:
-                        rates[plugins].append(rate)
-    ratios = [a / b for a, b in zip(rates["lego"], rates[""], strict=True)]
+                        rounds[load].append(
+                            (took[0], took[1]) if number % 2 else (took[1], took[0])
+                        )
+    return [
+        {
+            "load": load,
+            "rounds": options.rounds,
+            "requests_per_round": options.requests,
+            "clients": options.clients,
+            **_compared("per_s", [(a.per_s, b.per_s) for a, b in both]),
+            **_compared("cpu_us", [(a.cpu_us, b.cpu_us) for a, b in both]),
+        }
+        for load, both in rounds.items()
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """Requests per second, and CPU time of the API server for each, in microseconds."""
+
+    per_s: float
+    cpu_us: float
+
+
+def _compared(measure: str, rounds: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Compare medians of rounds. CPU time is counted in hundredths of a second: a round's is coarse."""
+    ratios = [plugin / stock for plugin, stock in rounds]
     return {
-        "rounds": options.rounds,
-        "requests_per_round": options.requests,
-        "clients": options.clients,
-        "with_plugin_per_s": statistics.median(rates["lego"]),
-        "stock_per_s": statistics.median(rates[""]),
-        "ratio": statistics.median(ratios),
-        "ratio_quartiles": statistics.quantiles(ratios, n=4),
-        "all": rates,
+        f"{measure}_plugin": statistics.median(plugin for plugin, _ in rounds),
+        f"{measure}_stock": statistics.median(stock for _, stock in rounds),
+        f"{measure}_ratio": statistics.median(ratios),
+        f"{measure}_ratio_quartiles": statistics.quantiles(ratios, n=4),
+        f"{measure}_all": rounds,
     }
 
 
-async def _round(client: httpx.AsyncClient, url: str, options: argparse.Namespace) -> float:
-    """Return requests per second of one round."""
-    body = json.loads(_body(_TEXTS["English"], 1 << 10)) | {"max_tokens": 1, "temperature": 0}
+async def _round(
+    client: httpx.AsyncClient,
+    server: ServerProcess,
+    fields: Mapping[str, Any],
+    options: argparse.Namespace,
+) -> _Round:
+    body = json.loads(_body(_TEXTS["English"], 1 << 10))
+    body |= {"max_tokens": 1, "temperature": 0, **fields}
     left = iter(range(options.requests))
+    process = psutil.Process(server.session)  # whose leader is the API server
 
     async def one_client() -> None:
         for _ in left:
-            answer = await client.post(url + "/v1/chat/completions", json=body)
+            answer = await client.post(server.url + "/v1/chat/completions", json=body)
             answer.raise_for_status()
 
-    started = time.perf_counter()
+    before, started = process.cpu_times(), time.perf_counter()
     await asyncio.gather(*(one_client() for _ in range(options.clients)))
-    return options.requests / (time.perf_counter() - started)
+    seconds, after = time.perf_counter() - started, process.cpu_times()
+    cpu_s = after.user + after.system - before.user - before.system
+    return _Round(options.requests / seconds, cpu_s / options.requests * 1e6)
 
 
 def _table(result: dict[str, Any]) -> str:
     lines = [
-        "# What the plugin costs requests that name no set",
+        "# What the plugin costs a request",
         "",
         f"`{result['command']}`, {result['device']}, "
         + ", ".join(f"{name} {of}" for name, of in result["versions"].items()),
         "",
-        f"Microseconds at the median; goal: the plugin adds less than {GOAL_US:g} to ordinary bodies.",
+        (
+            "Requests that name no set: microseconds at the median; goal: the plugin adds less than "
+            f"{GOAL_US:g} to ordinary bodies."
+        ),
         "",
         "| text | body | bytes | without | with | added |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -230,19 +278,28 @@ def _table(result: dict[str, Any]) -> str:
         f"{row['with_us']:.1f} | {row['added_us']:.1f} |"
         for row in result["interception"]
     ]
-    server = result.get("server")
-    if server:
-        low, _, high = server["ratio_quartiles"]
+    servers = result.get("servers", ())
+    if servers:
+        of = servers[0]
         lines += [
             "",
             (
-                f"Requests per second of the real server, {server['clients']} clients, one token each, "
-                f"median of {server['rounds']} interleaved rounds of {server['requests_per_round']}: "
-                f"{server['with_plugin_per_s']:.2f} with the plugin, {server['stock_per_s']:.2f} stock. "
-                f"Ratio {server['ratio']:.3f} (quartiles {low:.3f} to {high:.3f}); goal: at least "
-                f"{GOAL_RATIO:g}."
+                f"The real server, {of['clients']} clients, one token each, medians of {of['rounds']} "
+                f"interleaved rounds of {of['requests_per_round']}; goal: at least {GOAL_RATIO:g} of the "
+                "requests per second."
             ),
+            "",
+            "| | measure | plugin | stock | ratio (quartiles) |",
+            "| --- | --- | --- | --- | --- |",
         ]
+    for row in servers:
+        for measure, text in (("per_s", "requests/s"), ("cpu_us", "API server's CPU, us/request")):
+            low, _, high = row[f"{measure}_ratio_quartiles"]
+            lines.append(
+                f"| {row['load']} | {text} | {row[f'{measure}_plugin']:.4g} | "
+                f"{row[f'{measure}_stock']:.4g} | {row[f'{measure}_ratio']:.3f} "
+                f"({low:.3f} to {high:.3f}) |"
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -58,6 +58,19 @@ def test_the_table_of_popularity(tmp_path):
     assert_finite(figures)
 
 
+def test_the_cost_of_a_request(tmp_path):
+    result = run("benchmarks.overhead", tmp_path)
+    assert {row["body"] for row in result["interception"]} == {"1 KB", "100 KB", "1 MB"}
+    assert len(result["servers"]) == 2
+    measured = [
+        row[f"{of}_{which}"]
+        for row in result["servers"]
+        for of in ("per_s", "cpu_us")
+        for which in ("plugin", "stock")
+    ]
+    assert all(math.isfinite(value) and value > 0 for value in measured)
+
+
 def test_a_short_soak(tmp_path):
     result = run("benchmarks.serving.soak", tmp_path)
     assert result["requests"] == 400

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from vllm_lego.errors import BadRequestError
 from vllm_lego.interception import Interception
 from vllm_lego.request_body import (
+    MOST_FIELDS,
     may_hold_a_set,
     models_at,
     models_named,
@@ -214,7 +216,7 @@ def test_what_goes_on_is_the_request_with_the_merges_name(request_, indent, asci
     assert parsed == request_
     others = {k: v for k, v in request_.items() if k not in ("adapters", "merge", "model")}
     ours = {"model": "lego-0123456789abcdef"}
-    assert json.loads(with_fields(parsed.rest, ours)) == others | ours
+    assert json.loads(with_fields(parsed.rest(), ours)) == others | ours
 
 
 def test_what_is_not_ours_goes_on_as_it_was_written():
@@ -222,11 +224,19 @@ def test_what_is_not_ours_goes_on_as_it_was_written():
         b' {"model": "m", "seed":1e0, "x": [1.10, NaN, 12345678901234567890123], "adapters": ["a"]'
         b',"x": "\\u00e9\xc3\xa9\xed\xa0\x80" , "merge" :{} } '
     )
-    rest = parse(body).rest
+    rest = parse(body).rest()
     assert with_fields(rest, {"model": "n"}) == (
         b'{"model": "n", "seed":1e0, "x": [1.10, NaN, 12345678901234567890123], '
         b'"x": "\\u00e9\xc3\xa9\xed\xa0\x80"}'
     )
+
+
+def test_a_body_of_more_fields_than_anybody_sends_is_refused():
+    """It is not passed on unread: it may name a merge."""
+    fields = b", ".join(b'"%d": 1' % i for i in range(MOST_FIELDS))
+    assert len(parse(b"{" + fields + b"}")) == MOST_FIELDS
+    with pytest.raises(BadRequestError, match="1000 fields"):
+        parse(b'{"model": "lego-0123456789abcdef", ' + fields + b"}")
 
 
 PIECES = [*"{}[],:", '"', '"a"', '"\\u0061"', '"adapters"', "1", "nul", "null", " ", "\ufeff", "x"]

@@ -208,6 +208,8 @@ def test_what_left_the_device_comes_back_from_host_memory(folders):
     staging, recipe = area(host_cache_bytes=1 << 20), recipe_of(folders)
     assert finished(staging, recipe)["tier"] == "merge"
     first = staging.take(recipe)
+    while staging.stage([], "h")["busy"]:  # until it is kept
+        time.sleep(0.001)
     staging.discard(recipe.merge_id, "h")
     for folder in folders.values():
         shutil.rmtree(folder)
@@ -241,15 +243,34 @@ def test_a_merge_is_kept_once_it_has_been_registered(folders, monkeypatch):
 
 
 @pytest.mark.usefixtures("_patient")
-def test_merges_that_wait_for_a_thread_wait_for_nobody_to_be_registered(folders):
+@pytest.mark.parametrize("at_once", [True, False])
+def test_merges_that_wait_for_a_thread_wait_for_nobody_to_be_registered(folders, at_once):
     staging = area(host_cache_bytes=1 << 20, merge_threads=1)
     recipes = [recipe_of(folders, f"lego-{i:016x}") for i in (1, 2)]
-    staging.stage(recipes, "h")
+    if at_once:
+        staging.stage(recipes, "h")
     started = time.monotonic()
-    assert {finished(staging, recipe)["state"] for recipe in recipes} == {"ready"}
+    assert [finished(staging, recipe)["state"] for recipe in recipes] == ["ready", "ready"]
     assert time.monotonic() - started < 60
     staging.take(recipes[1])
     staging._threads.shutdown()
+
+
+@pytest.mark.usefixtures("_patient")
+def test_what_is_let_go_of_before_it_is_kept_is_still_there(folders):
+    staging, recipe = area(host_cache_bytes=1 << 20), recipe_of(folders)
+    assert finished(staging, recipe)["tier"] == "merge"
+    first = staging._merges[recipe.merge_id].future.result().packed.unpack()
+    assert staging.discard(recipe.merge_id, "h")
+    for folder in folders.values():
+        shutil.rmtree(folder)
+    status = stage(staging, recipe, "h")
+    assert (status["state"], status["tier"]) == ("ready", "host")
+    again = staging.take(recipe)  # which is what the thread waits for
+    for name, module in first.modules.items():
+        assert torch.equal(again.modules[name].lora_a, module.lora_a)
+    staging._threads.shutdown()
+    assert len(staging.tiers.in_host_memory()) == 1
 
 
 def test_a_new_set_of_known_members_needs_no_disk(folders):
