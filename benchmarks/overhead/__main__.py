@@ -7,7 +7,7 @@
 1. Requests that name no set: the interception alone, as an ASGI application around one that reads
    the body as vLLM's does. Microseconds that it adds to a request at the median, by the size of the
    body. With and without take turns; the body comes in pieces of 64 KiB, as uvicorn hands them on.
-2. The real server, with the plugin and stock vLLM: two servers run at once, and rounds of requests go
+2. The real server on a tiny model, with the plugin and stock vLLM: two servers run at once, and rounds of requests go
    to them in turn, for the base model, and for a set that is ready against one adapter. Requests per
    second, and the CPU time of the API server for each, which other processes disturb less. Reported:
    the median of the rounds' ratios. `--control` measures stock vLLM against itself: what the method is
@@ -23,6 +23,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -35,9 +36,11 @@ from typing import Any
 import httpx
 import psutil
 
+from benchmarks.serving.shapes import SHAPES, write_adapters, write_model
 from vllm_lego.catalog import Catalog
 from vllm_lego.demo.model import embedded_model
 from vllm_lego.demo.server import (
+    MAX_LORA_RANK,
     MODEL_NAME,
     ServerProcess,
     server_arguments,
@@ -177,14 +180,17 @@ async def _application(_: Any, receive: Callable[[], Awaitable[Any]], send: Any)
 
 async def _servers(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Send rounds of short requests to both servers in turn."""
-    arguments = server_arguments(embedded_model(), shipped_adapters())
-    adapters = list(shipped_adapters())
     base = {"model": MODEL_NAME}
     loads = {"the base model": (base, base)}
     if not options.control:
-        set_of_three = base | {"adapters": adapters[:3]}
-        loads["a set of three that is ready; one adapter"] = (set_of_three, {"model": adapters[0]})
+        set_of_three = base | {"adapters": ["adapter0", "adapter1", "adapter2"]}
+        loads["a set of three that is ready; one adapter"] = (set_of_three, {"model": "adapter0"})
     with ExitStack() as stack:
+        # A model that takes no time, so that a request costs what the front end does.
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        model = write_model(SHAPES["tiny"], folder / "model", embedded_model(), weights=True)
+        adapters = write_adapters(SHAPES["tiny"], folder / "adapters", 3, MAX_LORA_RANK)
+        arguments = server_arguments(model, adapters)
         plugin, stock = (
             stack.enter_context(
                 ServerProcess(arguments, server_environment(plugins), progress=print)
@@ -241,14 +247,13 @@ async def _round(
     fields: Mapping[str, Any],
     options: argparse.Namespace,
 ) -> _Round:
-    body = json.loads(_body(_TEXTS["English"], 1 << 10))
-    body |= {"max_tokens": 1, "temperature": 0, **fields}
+    body = {"prompt": _TEXTS["English"] * 16, "max_tokens": 1, "temperature": 0, **fields}
     left = iter(range(options.requests))
     process = psutil.Process(server.session)  # whose leader is the API server
 
     async def one_client() -> None:
         for _ in left:
-            answer = await client.post(server.url + "/v1/chat/completions", json=body)
+            answer = await client.post(server.url + "/v1/completions", json=body)
             answer.raise_for_status()
 
     before, started = process.cpu_times(), time.perf_counter()
