@@ -116,8 +116,9 @@ class StagingArea:
         self._jobs: list[_Job] = []  # the threads look at it
         self._changed = threading.Condition()  # a job came, or a merge was taken
         hand_over_soon()
+        self._thread_count = settings.merge_threads
         self._threads = ThreadPoolExecutor(
-            max_workers=settings.merge_threads,
+            max_workers=self._thread_count,
             thread_name_prefix="lego-staging",
             initializer=yield_to_the_engine,
         )
@@ -271,7 +272,7 @@ class StagingArea:
 
     def _others_wait(self) -> bool:
         """Whether merges wait for a thread."""
-        return any(not (j.result.running() or j.result.done()) for j in list(self._jobs))
+        return sum(not job.thread.done() for job in list(self._jobs)) > self._thread_count
 
     def _tell_threads(self) -> None:
         with self._changed:

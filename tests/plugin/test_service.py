@@ -137,9 +137,12 @@ def test_an_id_whose_members_are_gone_and_that_no_tier_has_is_unknown(start, fol
     size = room_for_one(start)
 
     async def scenario():
-        service, _ = start(device_cache_bytes=size, host_cache_bytes=0)
+        service, vllm = start(device_cache_bytes=size, host_cache_bytes=0)
         first = (await use(service, "ab")).model
         await use(service, "ac")
+        async with asyncio.timeout(10):
+            while vllm.staging.stage([], "test")["busy"]:  # until no thread has it any more
+                await asyncio.sleep(0.001)
         (folder / "b" / "adapter_model.safetensors").write_bytes(b"other")
         with pytest.raises(UnknownAdapterError, match=first):
             async with holding(service.serve_known, first):
