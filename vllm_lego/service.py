@@ -173,7 +173,7 @@ class LegoService:
     async def _enter_slot(self, name: str, held: ExitStack) -> None:
         """Wait for a slot, and keep it until `held` is closed; see `Slots`."""
         with tracing.span("lego.slot"), self.metrics.waited("slot"):
-            if not self.slots.enters_at_once(name):
+            if not self.slots.try_enter(name):
                 await self._stand_in_line(name)
         held.callback(self._leave_slot, name)
         self._show_slots()

@@ -49,7 +49,7 @@ class Slots:
         self._line: dict[str, list[asyncio.Future[None]]] = {}
         self._pressing = 0
 
-    def enters_at_once(self, name: str) -> bool:
+    def try_enter(self, name: str) -> bool:
         """Admit one request, if that takes nothing from those in line. Whoever enters leaves."""
         admitted = self._admitted.get(name)
         if admitted is not None:
@@ -65,7 +65,7 @@ class Slots:
     async def stand_in_line(self, name: str) -> None:
         """Wait until the engine has a slot for this name. Whoever enters leaves, see `leave`.
 
-        For whoever does not enter at once.
+        For whoever `try_enter` did not admit.
         """
         place = asyncio.get_running_loop().create_future()
         self._line.setdefault(name, []).append(place)

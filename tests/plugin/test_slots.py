@@ -28,7 +28,7 @@ async def settle() -> None:
 
 @asynccontextmanager
 async def slot(slots, name):
-    if not slots.enters_at_once(name):
+    if not slots.try_enter(name):
         await slots.stand_in_line(name)
     try:
         yield
