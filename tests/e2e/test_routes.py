@@ -125,8 +125,11 @@ def test_dropping_under_load_fails_no_request(http):
 
     with ThreadPoolExecutor(5) as pool:
         dropping = pool.submit(drop)
-        answers = list(pool.map(lambda _: http.post("/v1/chat/completions", json=body), range(24)))
-        done.set()
+        try:
+            asked = [pool.submit(http.post, "/v1/chat/completions", json=body) for _ in range(24)]
+            answers = [answer.result() for answer in asked]
+        finally:  # or the test hangs
+            done.set()
     assert {answer.status_code for answer in answers} == {200}
     assert {answer.headers["x-lego-model"] for answer in answers} == {identity}
     assert set(dropping.result()) <= {200, 404, 409}
