@@ -7,11 +7,11 @@
 1. Requests that name no set: the interception alone, as an ASGI application around one that reads
    the body as vLLM's does. Microseconds that it adds to a request at the median, by the size of the
    body. With and without take turns; the body comes in pieces of 64 KiB, as uvicorn hands them on.
-2. The real server on a tiny model, with the plugin and stock vLLM: two servers run at once, and rounds of requests go
-   to them in turn, for the base model, and for a set that is ready against one adapter. Requests per
-   second, and the CPU time of the API server for each, which other processes disturb less. Reported:
-   the median of the rounds' ratios. `--control` measures stock vLLM against itself: what the method is
-   worth.
+2. The real server on a tiny model, with the plugin and stock vLLM: two servers run at once, and
+   rounds of requests go to them in turn, for the base model, and for a set that is ready against one
+   adapter. Requests per second, and the CPU time of the API server for each, which other processes
+   disturb less. Reported: the median of the rounds' ratios. `--control` measures stock vLLM against
+   itself: what the method is worth.
 """
 
 from __future__ import annotations

@@ -186,6 +186,7 @@ def test_sagemakers_route_takes_the_model_from_a_header():
         sent.append(message)
 
     asyncio.run(interception._forward(scope, None, send, b"x" * 34, serving))
+    assert sent[1]["body"] == b"x" * 34
     assert sent[0]["headers"] == [
         (b"content-length", b"34"),
         (b"x-amzn-sagemaker-adapter-identifier", b"lego-0123456789abcdef"),
