@@ -293,6 +293,11 @@ def test_nothing_is_reported_and_the_plugin_is_on():
     assert wanted.items() <= pairs("ENV").items()
 
 
+def test_connections_are_kept_longer_than_by_whoever_is_in_front():
+    """Go's and Rust's clients keep theirs for 90 s, aiohttp's 15, load balancers mostly for 60."""
+    assert int(pairs("ENV")["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"]) > 90
+
+
 def test_the_labels_are_those_of_the_specification():
     labels = {
         name.removeprefix("org.opencontainers.image."): value

@@ -29,7 +29,9 @@ from lego_core import LoraAdapter, LoraModule, load_adapter, save_adapter
 from tests.e2e.conftest import TINY_SERVER, read_metric
 from vllm_lego.demo.server import LEGO_SERVE, ServerProcess, server_environment
 
-LIMIT_S = 5
+# More than sets wait for room here on a busy machine; less than a client waits, that whatever hangs
+# fails its test.
+LIMIT_S = 30
 WEIGHTS = "adapter_model.safetensors"
 _fresh = count(1)
 
