@@ -1,0 +1,1 @@
+"""What a set costs whose members nobody has read."""
