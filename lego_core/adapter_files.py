@@ -2,7 +2,7 @@
 
 A mapped file that somebody truncates kills the process with SIGBUS, and the engine reads these
 files while it serves. So they are read, straight into the tensors' memory: loading needs the size
-of the tensors that are kept, the header (at most `MAX_HEADER_BYTES`) and 32 MiB.
+of the tensors that are kept, the header (at most `MAX_HEADER_BYTES`) and 68 MiB.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from lego_core.adapter_config import parse_json_object, shown
-from lego_core.digest import BLOCK_BYTES
 from lego_core.errors import AdapterFormatError, AdapterNotFoundError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -35,7 +34,6 @@ PICKLE_HINT = (
 )
 MAX_CONFIG_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 25
-_BYTES_AT_ONCE = 8 * BLOCK_BYTES
 
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -49,6 +47,10 @@ DTYPES = {
     "BF16": torch.bfloat16,
 }
 """The dtypes of LoRA weights by their name in safetensors."""
+
+
+Room = Callable[[int], torch.Tensor | None]
+"""Gives memory on the CPU for tensors of so many bytes, shape [bytes], uint8, or None if it has none."""
 
 
 class MemoryShortError(MemoryError):
@@ -164,18 +166,13 @@ def digest_part(sha: Any, name: str, size: int) -> None:
     sha.update(b"\xff" * 8 + name.encode() + b"\0" + size.to_bytes(8, "big"))
 
 
-def drain(content: BinaryIO, size: int, sha: Any) -> int:
-    """Hash at most `size` bytes that nobody needs; return how many there were."""
-    block = memoryview(bytearray(min(size, _BYTES_AT_ONCE)))
-    left = size
-    while left and (count := content.readinto(block[:left])):  # type: ignore[attr-defined]
-        sha.update(block[:count])
-        left -= count
-    return size - left
-
-
 def read_tensors(
-    content: BinaryIO, file: str, name: str, sha: Any, wanted: Callable[[TensorEntry], bool]
+    content: BinaryIO,
+    file: str,
+    name: str,
+    sha: Any,
+    wanted: Callable[[TensorEntry], bool],
+    room: Room | None = None,
 ) -> dict[str, torch.Tensor]:
     """Read a safetensors file from its start to its end.
 
@@ -183,8 +180,9 @@ def read_tensors(
         content: the file.
         file: its name, and
         name: the adapter's, for messages.
-        sha: is fed every byte.
+        sha: a `Digest`, or what reads as it does, that takes every byte.
         wanted: which tensors to keep, of those in `DTYPES`; it may refuse one by raising.
+        room: where to keep them.
 
     Raises:
         AdapterFormatError: not a sound safetensors file.
@@ -194,24 +192,25 @@ def read_tensors(
     size = os.fstat(content.fileno()).st_size
     entries = _read_header(content, size, file, name, sha)
     keep = {entry.key for entry in entries if wanted(entry)}
-    needed, there = sum(e.nbytes for e in entries if e.key in keep), _memory_bytes()
-    if there is not None and needed > there:
-        raise MemoryShortError(f"it needs {needed} bytes of memory, {there} are available")
-    # In few and large reads: between any two, another thread may take Python's lock.
-    memory = np.empty(needed, np.uint8)
-    filled = 0
+    memory = _memory(sum(entry.nbytes for entry in entries if entry.key in keep), room)
+    view, filled = memory.numpy().data, 0
     for kept, run in groupby(entries, key=lambda entry: entry.key in keep):
         nbytes = sum(entry.nbytes for entry in run)
-        if kept:
-            part = memory[filled : filled + nbytes].data
-            complete = _fill(content, part)
-            sha.update(part)
-            filled += nbytes
-        else:
-            complete = drain(content, nbytes, sha) == nbytes
-        if not complete:
+        if sha.take(content, nbytes, view[filled : filled + nbytes] if kept else None) < nbytes:
             raise _unreadable(name, file, "it became shorter while it was read")
-    return _cut(torch.from_numpy(memory), [entry for entry in entries if entry.key in keep])
+        filled += nbytes * kept
+    return _cut(memory, [entry for entry in entries if entry.key in keep])
+
+
+def _memory(nbytes: int, room: Room | None) -> torch.Tensor:
+    """Return memory, shape [nbytes], uint8: the given room, or new memory."""
+    given = room(nbytes) if room else None
+    if given is not None:
+        return given
+    there = _memory_bytes()
+    if there is not None and nbytes > there:
+        raise MemoryShortError(f"it needs {nbytes} bytes of memory, {there} are available")
+    return torch.from_numpy(np.empty(nbytes, np.uint8))
 
 
 def _cut(memory: torch.Tensor, entries: Sequence[TensorEntry]) -> dict[str, torch.Tensor]:
@@ -236,10 +235,9 @@ def _read_header(content: BinaryIO, size: int, file: str, name: str, sha: Any) -
     if length > MAX_HEADER_BYTES:
         raise _unsound(name, file, f"its header has {length} bytes, over {MAX_HEADER_BYTES}")
     header = bytearray(length)
-    if not _fill(content, header):
-        raise _unreadable(name, file, "it became shorter while it was read")
     sha.update(prefix)
-    sha.update(header)
+    if sha.take(content, length, memoryview(header)) < length:
+        raise _unreadable(name, file, "it became shorter while it was read")
     fields = parse_json_object(header, f"{file}: not a readable safetensors file: header", name)
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -278,17 +276,6 @@ def _entry(key: str, value: Any) -> tuple[TensorEntry, int] | tuple[None, int]:
 
 def _is_sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
-
-
-def _fill(content: BinaryIO, buffer: bytearray | memoryview) -> bool:
-    """Read until the buffer is full; False if the file ends before."""
-    view, filled = memoryview(buffer), 0
-    while filled < len(buffer):
-        count = content.readinto(view[filled:])  # type: ignore[attr-defined]
-        if not count:
-            return False
-        filled += count
-    return True
 
 
 def _memory_bytes() -> int | None:

@@ -20,9 +20,9 @@ from lego_core.adapter_files import (
     MAX_CONFIG_BYTES,
     WEIGHTS_FILE,
     MemoryShortError,
+    Room,
     TensorEntry,
     digest_part,
-    drain,
     opened,
     read_small,
     read_tensors,
@@ -63,11 +63,12 @@ def load_adapter(
     *,
     name: str | None = None,
     digest: str | None = None,
+    room: Room | None = None,
 ) -> LoraAdapter:
     """Read a PEFT LoRA adapter into memory, on the CPU, in the dtypes it was saved in.
 
     The files are read once, the tensors of each into one memory: the peak is the size of the
-    adapter's tensors and a header of at most 32 MiB.
+    adapter's tensors, a header of at most 32 MiB and, of what is not kept, 68 MiB.
 
     Args:
         source: a folder, or the name `org/name` of a hub repository where no such folder
@@ -76,6 +77,8 @@ def load_adapter(
             resolved to a commit first, and every file is that commit's.
         name: what messages call it; the folder's or the repository's name by default.
         digest: if given, the content must have this digest.
+        room: given the size of a weights file's tensors in bytes, returns memory on the CPU for them,
+            shape [bytes], uint8, or None; without, they get memory of their own.
 
     Raises:
         AdapterNotFoundError: no such folder, files, repository or revision, or no access to it.
@@ -89,7 +92,7 @@ def load_adapter(
     config_bytes = read_small(found.folder, CONFIG_FILE, name)
     config = parse_config(config_bytes, name)
     sha = Digest(config_bytes)
-    tensors = _read_weights(found.folder, name, sha)
+    tensors = _read_weights(found.folder, name, sha, room)
     content = sha.hexdigest()
     if digest is not None and content != digest:
         raise AdapterChangedError(
@@ -122,12 +125,12 @@ def describe_adapter(
     sha, total = Digest(config_bytes), 0
     for file, size, content in _weights(found.folder, found.name, sha)[1]:
         del file
-        total += drain(content, size, sha)
+        total += sha.take(content, size)
     return config, sha.hexdigest(), total
 
 
 def _weights(
-    folder: Path, name: str, sha: Any
+    folder: Path, name: str, sha: Digest
 ) -> tuple[Mapping[str, str], Iterator[tuple[str, int, Any]]]:
     """Return the shard of each tensor, and each file's name, size and content, still unhashed."""
     files, index, shards = weight_files(folder, name)
@@ -146,7 +149,9 @@ def _weights(
     return shards, contents()
 
 
-def _read_weights(folder: Path, name: str, sha: Any) -> dict[str, torch.Tensor]:
+def _read_weights(
+    folder: Path, name: str, sha: Digest, room: Room | None
+) -> dict[str, torch.Tensor]:
     """Read the LoRA tensors of all weight files, each in the file that the index says."""
 
     def wanted(entry: TensorEntry) -> bool:
@@ -164,7 +169,7 @@ def _read_weights(folder: Path, name: str, sha: Any) -> dict[str, torch.Tensor]:
     shards, contents = _weights(folder, name, sha)
     for file, _, content in contents:
         try:
-            tensors |= read_tensors(content, file, name, sha, wanted)
+            tensors |= read_tensors(content, file, name, sha, wanted, room)
         except MemoryShortError as error:
             raise AdapterFormatError(
                 f"adapter {name!r}: {file} cannot be read ({error})"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
+from typing import BinaryIO
 
 BLOCK_BYTES = 4 << 20
 """Part of every digest: another size gives adapters, and so merges, other names."""
@@ -38,9 +41,38 @@ class Digest:
         if self._last_bytes:
             view = self._extend_last(view)
         whole = len(view) // BLOCK_BYTES * BLOCK_BYTES
-        for found in _hashed([view[i : i + BLOCK_BYTES] for i in range(0, whole, BLOCK_BYTES)]):
-            self._tree.update(found)
+        for found in [_hashing(view[i : i + BLOCK_BYTES]) for i in range(0, whole, BLOCK_BYTES)]:
+            self._tree.update(found())
         self._extend_last(view[whole:])
+
+    def take(self, content: BinaryIO, size: int, memory: memoryview | None = None) -> int:
+        """Read a part of a file and add it; other threads hash while this one reads.
+
+        Args:
+            content: the file, where the part begins.
+            size: of the part, in bytes.
+            memory: where to put it; by default it is not kept.
+
+        Returns:
+            How many bytes there were: fewer if the file ends before.
+        """
+        taken, complete = 0, True
+        hashing: deque[Callable[[], bytes]] = deque()
+        while complete and taken < size:
+            room = min(size - taken, BLOCK_BYTES - self._last_bytes)
+            piece = memoryview(bytearray(room)) if memory is None else memory[taken : taken + room]
+            count = fill(content, piece)
+            taken, complete = taken + count, count == room
+            if count < BLOCK_BYTES:  # the first may complete a block, the last does not
+                self._extend_last(piece[:count])
+                continue
+            hashing.append(_hashing(piece))
+            if len(hashing) > 2 * _THREADS:
+                self._tree.update(hashing.popleft()())
+        for found in hashing:
+            self._tree.update(found())
+        self._size += taken
+        return taken
 
     def hexdigest(self) -> str:
         """Return 64 hex digits for what was added until now."""
@@ -59,13 +91,24 @@ class Digest:
         return view[len(part) :]
 
 
-def _hashed(blocks: Sequence[memoryview]) -> Iterable[bytes]:
-    if len(blocks) > 1 and _THREADS > 1:
-        try:
-            return _threads().map(_hash, blocks)
-        except RuntimeError:  # the process ends, or may have no more threads
-            pass
-    return map(_hash, blocks)
+def fill(content: BinaryIO, view: memoryview) -> int:
+    """Read from a file until the view is full or the file ends. Returns the bytes read."""
+    filled = 0
+    while filled < len(view):
+        count = content.readinto(view[filled:])  # type: ignore[attr-defined]
+        if not count:
+            break
+        filled += count
+    return filled
+
+
+def _hashing(block: memoryview) -> Callable[[], bytes]:
+    """Begin to hash a block that stays as it is. Returns what waits for its hash."""
+    if _THREADS > 1:
+        with suppress(RuntimeError):  # the process ends, or may have no more threads
+            return _threads().submit(_hash, block).result
+    found = _hash(block)
+    return lambda: found
 
 
 def _hash(block: memoryview) -> bytes:

@@ -61,6 +61,11 @@ class HostMemory:
                 return torch.from_numpy(block)
         return None
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in here."""
+        start = self._memory.ctypes.data
+        return start <= tensor.data_ptr() < start + self._memory.nbytes
+
     def free_ranges(self) -> list[tuple[int, int]]:
         """Return where no block lies, start and end in bytes, in order."""
         self._take_back()

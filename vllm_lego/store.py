@@ -24,7 +24,7 @@ from lego_core import LegoError, LoraAdapter, LoraModule
 from lego_core.adapter import shared_memory
 from lego_core.adapter_files import DTYPES, read_tensors
 from lego_core.adapter_save import PREFIX
-from lego_core.digest import Digest
+from lego_core.digest import Digest, fill
 from vllm_lego.identity import MERGE_ID
 from vllm_lego.packed import EMBEDDING_HALVES, LINEAR_HALVES, peft_tensors
 from vllm_lego.recipe import Recipe
@@ -294,6 +294,9 @@ class _Unhashed:
 
     def update(self, _: object) -> None:
         pass
+
+    def take(self, content: BinaryIO, _: int, memory: memoryview) -> int:
+        return fill(content, memory)
 
 
 def _header(file: BinaryIO) -> dict[str, str]:

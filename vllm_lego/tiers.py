@@ -115,7 +115,9 @@ class Tiers:
                 kept = self._host.get(member.digest)
             if isinstance(kept, PackedAdapter):
                 return kept
-            adapter = load_adapter(Path(member.path), name=member.name, digest=member.digest)
+            adapter = load_adapter(
+                Path(member.path), name=member.name, digest=member.digest, room=self._room
+            )
             self._check(adapter)
             loaded = PackedAdapter.pack(adapter)
             return self._keep_in_host_memory(member.digest, loaded) or loaded
@@ -216,23 +218,36 @@ class Tiers:
 
         None if there is no room: it is too large, or what was dropped for it is still in use.
         """
-        block = None
-        with self._lock:
-            if packed.nbytes > self._host.maxsize:
-                return None
-            if self._memory is not None:
-                # Where entries of other sizes or in use lie between the free parts, no more is dropped
-                # for this one than twice its size.
-                most = self._host.currsize - 2 * packed.nbytes
-                while (block := self._memory.allocate(packed.nbytes)) is None:
-                    if not self._host or self._host.currsize <= most:
-                        return None
-                    self._host.popitem()
-        on_host = packed.in_host_memory(block)
+        if packed.nbytes > self._host.maxsize:
+            return None
+        if self._memory is None:
+            on_host = packed.in_host_memory()
+        elif self._memory.holds(packed.buffer):
+            on_host = packed
+        elif (block := self._room(packed.nbytes)) is not None:
+            on_host = packed.in_host_memory(block)
+        else:
+            return None
         kept = KeptMerge(on_host, made[0].encode(), made[1]) if made else on_host
         with self._lock:
             self._host[key] = kept
         return on_host
+
+    def _room(self, nbytes: int) -> torch.Tensor | None:
+        """Make room in host memory, shape [nbytes], uint8; None if there is none, see above.
+
+        Where entries of other sizes or in use lie between the free parts, no more is dropped for this
+        one than twice its size.
+        """
+        if self._memory is None or not 0 < nbytes <= self._host.maxsize:
+            return None
+        with self._lock:
+            most = self._host.currsize - 2 * nbytes
+            while (block := self._memory.allocate(nbytes)) is None:
+                if not self._host or self._host.currsize <= most:
+                    return None
+                self._host.popitem()
+        return block
 
     def _evicted(self, kept: PackedAdapter | KeptMerge) -> None:
         if isinstance(kept, KeptMerge):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import platform
@@ -100,6 +101,7 @@ class _Stages:
 
     def round(self) -> dict[str, tuple[float, float]]:
         """Return the wall clock's and the processors' seconds of each stage."""
+        gc.collect()  # what the last round kept in host memory
         found = {STOCK: _timed(self._stock)}
         for count in (1, MEMBERS):
             found[f"identify {count}"] = _timed(lambda n=count: self._identify(n))
@@ -163,7 +165,9 @@ def _table(result: dict[str, Any]) -> str:
         low, ratio, high = statistics.quantiles(
             (one[stage][0] / one[STOCK][0] for one in rounds), n=4, method="inclusive"
         )
-        lines.append(f"| {stage} | {wall:.1f} | {cpu:.1f} | {ratio:.2f} ({low:.2f} to {high:.2f}) |")
+        lines.append(
+            f"| {stage} | {wall:.1f} | {cpu:.1f} | {ratio:.2f} ({low:.2f} to {high:.2f}) |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import multiprocessing
 
 import pytest
@@ -41,6 +42,29 @@ def test_pieces_of_any_size_have_the_digest_of_the_whole(pieces, prefix):
     assert digested(pieces, prefix) == reference(b"".join(pieces), prefix)
 
 
+@given(
+    st.binary(max_size=2 * BLOCK), st.binary(max_size=30 * BLOCK), st.integers(0, 30), st.booleans()
+)
+def test_a_part_of_a_file_is_as_if_it_were_added(before, content, missing, kept):
+    found = Digest()
+    found.update(before)
+    file = io.BytesIO(b"start" + content)
+    file.seek(5)
+    memory = bytearray(len(content) + missing)
+    room = memoryview(memory) if kept else None
+    assert found.take(file, len(content) + missing, room) == len(content)
+    assert not kept or memory == content + bytes(missing)
+    found.update(b"end")
+    assert found.hexdigest() == reference(before + content + b"end")
+
+
+def test_a_part_of_a_file_ends_where_it_is_said_to():
+    file = io.BytesIO(b"x" * (20 * BLOCK))
+    found = Digest()
+    assert found.take(file, 12 * BLOCK + 3) == file.tell() == 12 * BLOCK + 3
+    assert found.hexdigest() == reference(b"x" * (12 * BLOCK + 3))
+
+
 def test_digests_stay_what_they_are(monkeypatch):
     """Names of adapters and merges follow them."""
     monkeypatch.undo()
@@ -57,6 +81,9 @@ def test_without_threads_the_calling_one_hashes(monkeypatch):
     monkeypatch.setattr(digest, "_threads", none_left)
     content = b"x" * (9 * BLOCK + 1)
     assert digested([content]) == reference(content)
+    found = Digest()
+    found.take(io.BytesIO(content), len(content))
+    assert found.hexdigest() == reference(content)
 
 
 @pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 9 * BLOCK, 9 * BLOCK + 3])

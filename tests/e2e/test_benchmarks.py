@@ -71,6 +71,15 @@ def test_the_cost_of_a_request(tmp_path):
     assert all(math.isfinite(value) and value > 0 for value in measured)
 
 
+def test_the_reading_of_members(tmp_path):
+    rounds = run("benchmarks.reading", tmp_path)["rounds"]
+    assert len(rounds) == 2
+    for one in rounds:
+        assert {"vLLM reads 1", "identify 3", "read 3", "merge 3"} <= one.keys()
+        assert all(math.isfinite(wall) and wall > 0 for wall, _ in one.values())
+    assert "| read 3 |" in (tmp_path / "cpu.md").read_text()
+
+
 def test_a_short_soak(tmp_path):
     result = run("benchmarks.serving.soak", tmp_path)
     assert result["requests"] == 400

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from lego_core import LoraAdapter, LoraModule, MergeConfig, load_adapter, save_adapter
+from lego_core import (
+    AdapterChangedError,
+    LoraAdapter,
+    LoraModule,
+    MergeConfig,
+    load_adapter,
+    save_adapter,
+)
+from lego_core.adapter_files import INDEX_FILE, WEIGHTS_FILE
 from vllm_lego.host_memory import ALIGNMENT, HostMemory
 from vllm_lego.packed import PackedAdapter
 from vllm_lego.recipe import Member, Recipe
@@ -81,6 +93,45 @@ def test_what_is_kept_is_copied_into_that_memory(make):
     assert holds(packed.unpack(), 1)
     assert tiers.host_account() == (1, ENTRY)
     assert tiers._memory.free_ranges() == [(ENTRY, 3 * ENTRY)]
+
+
+def test_a_member_is_read_into_that_memory(make, members):
+    tiers = make(3)
+    [read] = tiers.members([members[0]])
+    assert holds(read, 1)
+    assert all(tiers._memory.holds(m.lora_a) for m in read.modules.values())
+    assert tiers._memory.free_ranges() == [(ENTRY, 3 * ENTRY)], "one block: it was not copied"
+    [again] = tiers.members([members[0]])
+    assert again.modules["layer"].lora_a.data_ptr() == read.modules["layer"].lora_a.data_ptr()
+
+
+def test_a_member_that_is_refused_leaves_its_room(make, members):
+    tiers = make(2)
+    keep(tiers, 7)
+    changed = replace(members[0], digest="0" * 64)
+    for _ in range(3):
+        with pytest.raises(AdapterChangedError):
+            tiers.members([changed])
+        assert kept(tiers) == [7]
+        assert tiers._memory.free_ranges() == [(ENTRY, 2 * ENTRY)]
+    assert holds(tiers.members([members[0]])[0], 1)
+    assert kept(tiers) == [7]
+
+
+def test_a_member_in_shards_is_brought_together_in_that_memory(make, tmp_path):
+    save_adapter(adapter(3), whole := tmp_path / "whole")
+    halves = load_file(whole / WEIGHTS_FILE)
+    (folder := tmp_path / "shards").mkdir()
+    shutil.copy(whole / "adapter_config.json", folder)
+    shards = {key: f"part{i}.safetensors" for i, key in enumerate(sorted(halves))}
+    for key, shard in shards.items():
+        save_file({key: halves[key]}, folder / shard)
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": shards}))
+    tiers = make(2)
+    [read] = tiers.members([Member("3", str(folder), load_adapter(folder).digest, 1.0)])
+    assert holds(read, 3)
+    assert all(tiers._memory.holds(m.lora_a) for m in read.modules.values())
+    assert sum(end - start for start, end in tiers._memory.free_ranges()) == ENTRY
 
 
 def test_members_and_merges_share_it_and_the_least_recently_used_goes(make, members):
