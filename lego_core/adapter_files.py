@@ -2,7 +2,7 @@
 
 A mapped file that somebody truncates kills the process with SIGBUS, and the engine reads these
 files while it serves. So they are read, straight into the tensors' memory: loading needs the size
-of the tensors that are kept, the header (at most `MAX_HEADER_BYTES`) and 68 MiB.
+of the tensors that are kept, the header (at most `MAX_HEADER_BYTES`) and 36 MiB.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def read_tensors(
         name: the adapter's, for messages.
         sha: a `Digest`, or what reads as it does, that takes every byte.
         wanted: which tensors to keep, of those in `DTYPES`; it may refuse one by raising.
-        room: where to keep them.
+        room: gives memory to keep them in; new memory by default, or where it has none.
 
     Raises:
         AdapterFormatError: not a sound safetensors file.

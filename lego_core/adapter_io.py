@@ -68,7 +68,7 @@ def load_adapter(
     """Read a PEFT LoRA adapter into memory, on the CPU, in the dtypes it was saved in.
 
     The files are read once, the tensors of each into one memory: the peak is the size of the
-    adapter's tensors, a header of at most 32 MiB and, of what is not kept, 68 MiB.
+    adapter's tensors, a header of at most 32 MiB and, of what is not kept, 36 MiB.
 
     Args:
         source: a folder, or the name `org/name` of a hub repository where no such folder
@@ -77,8 +77,9 @@ def load_adapter(
             resolved to a commit first, and every file is that commit's.
         name: what messages call it; the folder's or the repository's name by default.
         digest: if given, the content must have this digest.
-        room: given the size of a weights file's tensors in bytes, returns memory on the CPU for them,
-            shape [bytes], uint8, or None; without, they get memory of their own.
+        room: where to read the tensors to, if they are in one file: given their size in bytes, it
+            returns memory on the CPU, shape [bytes], uint8, or None if it has none. By default they
+            get memory of their own.
 
     Raises:
         AdapterNotFoundError: no such folder, files, repository or revision, or no access to it.
@@ -167,6 +168,8 @@ def _read_weights(
     tensors: dict[str, torch.Tensor] = {}
     seen: set[str] = set()
     shards, contents = _weights(folder, name, sha)
+    if shards:
+        room = None  # in memory of their own, shards are no one piece
     for file, _, content in contents:
         try:
             tensors |= read_tensors(content, file, name, sha, wanted, room)

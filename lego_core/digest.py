@@ -49,12 +49,15 @@ class Digest:
         """Read a part of a file and add it; other threads hash while this one reads.
 
         Args:
-            content: the file, where the part begins.
+            content: the file, unbuffered, where the part begins.
             size: of the part, in bytes.
-            memory: where to put it; by default it is not kept.
+            memory: where to put it, of that size; by default it is not kept.
 
         Returns:
             How many bytes there were: fewer if the file ends before.
+
+        Raises:
+            OSError: the file could not be read; this digest is of no use any more.
         """
         taken, complete = 0, True
         hashing: deque[Callable[[], bytes]] = deque()
@@ -67,7 +70,7 @@ class Digest:
                 self._extend_last(piece[:count])
                 continue
             hashing.append(_hashing(piece))
-            if len(hashing) > 2 * _THREADS:
+            if len(hashing) > _THREADS:
                 self._tree.update(hashing.popleft()())
         for found in hashing:
             self._tree.update(found())

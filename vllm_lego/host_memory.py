@@ -62,7 +62,7 @@ class HostMemory:
         return None
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor lies in here."""
+        """Whether a tensor lies in a block of this memory."""
         start = self._memory.ctypes.data
         return start <= tensor.data_ptr() < start + self._memory.nbytes
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -57,7 +58,7 @@ class Tiers:
         device: of the worker.
         check: raises a `LegoError` for a member that does not fit the base model.
         settings: the budgets.
-        memory: what is kept in host memory is copied into it; as large as that budget. Without it,
+        memory: where that lies which is kept in host memory; as large as that budget. Without it,
             a copy has memory of its own, and what lies on the host already is not copied.
         writes: whether this worker writes to the store; one of an engine is enough.
     """
@@ -115,12 +116,27 @@ class Tiers:
                 kept = self._host.get(member.digest)
             if isinstance(kept, PackedAdapter):
                 return kept
-            adapter = load_adapter(
-                Path(member.path), name=member.name, digest=member.digest, room=self._room
-            )
-            self._check(adapter)
-            loaded = PackedAdapter.pack(adapter)
+            try:
+                loaded = self._load(member)
+            except BaseException as error:
+                _let_go(error)
+                raise
             return self._keep_in_host_memory(member.digest, loaded) or loaded
+
+    def _load(self, member: Member) -> PackedAdapter:
+        """Read a member's files, into host memory that is free if there is enough."""
+        adapter = load_adapter(
+            Path(member.path), name=member.name, digest=member.digest, room=self._free_memory
+        )
+        self._check(adapter)
+        return PackedAdapter.pack(adapter)
+
+    def _free_memory(self, nbytes: int) -> torch.Tensor | None:
+        # Nothing is dropped for it: what is read may prove to be no good.
+        if self._memory is None or not 0 < nbytes <= self._host.maxsize:
+            return None
+        with self._lock:
+            return self._memory.allocate(nbytes)
 
     def _member(self, member: Member, reading: Future[PackedAdapter] | None) -> LoraAdapter:
         with self._lock:
@@ -218,40 +234,35 @@ class Tiers:
 
         None if there is no room: it is too large, or what was dropped for it is still in use.
         """
-        if packed.nbytes > self._host.maxsize:
-            return None
-        if self._memory is None:
-            on_host = packed.in_host_memory()
-        elif self._memory.holds(packed.buffer):
-            on_host = packed
-        elif (block := self._room(packed.nbytes)) is not None:
-            on_host = packed.in_host_memory(block)
-        else:
-            return None
+        in_place = self._memory is not None and self._memory.holds(packed.buffer)
+        block = None
+        with self._lock:
+            if packed.nbytes > self._host.maxsize:
+                return None
+            if self._memory is not None and not in_place:
+                # Where entries of other sizes or in use lie between the free parts, no more is dropped
+                # for this one than twice its size.
+                most = self._host.currsize - 2 * packed.nbytes
+                while (block := self._memory.allocate(packed.nbytes)) is None:
+                    if not self._host or self._host.currsize <= most:
+                        return None
+                    self._host.popitem()
+        on_host = packed if in_place else packed.in_host_memory(block)
         kept = KeptMerge(on_host, made[0].encode(), made[1]) if made else on_host
         with self._lock:
             self._host[key] = kept
         return on_host
 
-    def _room(self, nbytes: int) -> torch.Tensor | None:
-        """Make room in host memory, shape [nbytes], uint8; None if there is none, see above.
-
-        Where entries of other sizes or in use lie between the free parts, no more is dropped for this
-        one than twice its size.
-        """
-        if self._memory is None or not 0 < nbytes <= self._host.maxsize:
-            return None
-        with self._lock:
-            most = self._host.currsize - 2 * nbytes
-            while (block := self._memory.allocate(nbytes)) is None:
-                if not self._host or self._host.currsize <= most:
-                    return None
-                self._host.popitem()
-        return block
-
     def _evicted(self, kept: PackedAdapter | KeptMerge) -> None:
         if isinstance(kept, KeptMerge):
             self.tell("evictions", "host", time.monotonic() - kept.last_used)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Drop what was read before an error, which whoever waits for the reading keeps for a while."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 class _Noticing(LRUCache[str, PackedAdapter | KeptMerge]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import multiprocessing
+import time
 
 import pytest
 from hypothesis import given
@@ -56,6 +57,40 @@ def test_a_part_of_a_file_is_as_if_it_were_added(before, content, missing, kept)
     assert not kept or memory == content + bytes(missing)
     found.update(b"end")
     assert found.hexdigest() == reference(before + content + b"end")
+
+
+class Slow(io.BytesIO):
+    """A file that gives at most three bytes at a time, and an error where it is said to."""
+
+    fails_at = -1
+
+    def readinto(self, buffer) -> int:
+        if self.tell() == self.fails_at:
+            raise OSError("gone")
+        return super().readinto(memoryview(buffer)[:3])
+
+
+def test_a_file_that_gives_little_at_a_time():
+    content = bytes(range(12 * BLOCK + 3))
+    found, memory = Digest(), bytearray(len(content))
+    assert found.take(Slow(content), len(content), memoryview(memory)) == len(content)
+    assert memory == content
+    assert found.hexdigest() == reference(content)
+
+
+def test_an_error_of_the_file_is_told_and_the_memory_let_go():
+    file, memory = Slow(bytes(12 * BLOCK)), bytearray(12 * BLOCK)
+    file.fails_at = 9 * BLOCK + 3
+    with pytest.raises(OSError, match="gone"):
+        Digest().take(file, 12 * BLOCK, memoryview(memory))
+    deadline = time.monotonic() + 30
+    while True:  # until the threads have hashed what they were given
+        try:
+            memory.clear()
+            break
+        except BufferError:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
 
 
 def test_a_part_of_a_file_ends_where_it_is_said_to():

@@ -29,8 +29,8 @@ from lego_core import LoraAdapter, LoraModule, load_adapter, save_adapter
 from tests.e2e.conftest import TINY_SERVER, read_metric
 from vllm_lego.demo.server import LEGO_SERVE, ServerProcess, server_environment
 
-# More than sets wait for room here on a busy machine; less than a client waits, that whatever hangs
-# fails its test.
+# Longer than sets wait for room here on a busy machine; shorter than the client's timeout, so that what
+# hangs fails its test.
 LIMIT_S = 30
 WEIGHTS = "adapter_model.safetensors"
 _fresh = count(1)
