@@ -105,7 +105,12 @@ class Tiers:
         for first in list(absent)[:1]:
             del absent[first]
         reading = {digest: self._readers.submit(self._read, m) for digest, m in absent.items()}
-        return [self._member(member, reading.pop(member.digest, None)) for member in members]
+        try:
+            return [self._member(member, reading.pop(member.digest, None)) for member in members]
+        except BaseException as error:
+            reading.clear()
+            _let_go(error)
+            raise
 
     def _read(self, member: Member) -> PackedAdapter:
         """Read a member and keep it; another thread that is at it is waited for."""
@@ -116,11 +121,7 @@ class Tiers:
                 kept = self._host.get(member.digest)
             if isinstance(kept, PackedAdapter):
                 return kept
-            try:
-                loaded = self._load(member)
-            except BaseException as error:
-                _let_go(error)
-                raise
+            loaded = self._load(member)
             return self._keep_in_host_memory(member.digest, loaded) or loaded
 
     def _load(self, member: Member) -> PackedAdapter:
@@ -259,7 +260,7 @@ class Tiers:
 
 
 def _let_go(error: BaseException | None) -> None:
-    """Drop what was read before an error, which whoever waits for the reading keeps for a while."""
+    """Drop what was read before an error: whoever waits for it may keep the error for a while."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__

@@ -56,7 +56,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--shape", choices=list(SHAPES), default="8b", help="of the base model")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=20, help="at least 2")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--smoke", action="store_true", help="a short run that proves it works")
     options = parser.parse_args()
@@ -93,7 +93,7 @@ class _Stages:
         self._device = device
         # No member stays on the device: what the copy from host memory takes is to be seen.
         self._settings = Settings(host_cache_bytes=budget, device_cache_bytes=1)
-        self._memory = HostMemory(budget, pin=True) if device.type == "cuda" else None
+        self._memory = HostMemory(budget, pin=device.type == "cuda")  # as with CUDA, also without
         self._files = ThreadPoolExecutor(16)
         self._staging = ThreadPoolExecutor(1, initializer=yield_to_the_engine)
         self._members = [

@@ -130,17 +130,25 @@ def test_a_member_that_is_refused_leaves_its_room_and_the_others(make, members, 
         save_file({key: t * torch.nan for key, t in tensors.items()}, folder / WEIGHTS_FILE)
         bad = Member("nan", str(folder), describe_adapter(folder)[1], 1.0)
     refusals = []
-    for wanted in ([bad], [members[1], bad]):  # the second by another thread
-        for _ in range(3):
-            with pytest.raises(error) as refused:
-                tiers.members(wanted)
-            refusals.append(refused.value)
+    for wanted in (
+        [bad],
+        [members[1], bad],
+        [members[1], bad, members[2]],
+    ):  # others: other threads
+        with pytest.raises(error) as refused:
+            tiers.members(wanted)
+        refusals.append(refused.value)
     assert kept(tiers) == [7, 8]
+    tiers._readers.shutdown()  # some may be at it still
+    for member in members:
+        tiers._host.pop(member.digest, None)
+    free = tiers._memory.free_ranges()
+    assert sum(end - start for start, end in free) == 2 * ENTRY, "all but 7 and 8"
     keep(tiers, 9)
-    assert kept(tiers) == [7, 8, 9], "the last entry's room is free again"
+    keep(tiers, 10)
     with pytest.raises(error):
         tiers.members([bad])
-    assert kept(tiers) == [7, 8, 9], "nothing is dropped for what is not read yet"
+    assert kept(tiers) == [7, 8, 9, 10], "nothing is dropped for what has not been read yet"
 
 
 def test_a_member_in_shards_is_brought_together_in_that_memory(make, tmp_path):
