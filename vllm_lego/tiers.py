@@ -248,7 +248,7 @@ class Tiers:
                     if not self._host or self._host.currsize <= most:
                         return None
                     self._host.popitem()
-        on_host = packed if in_place else packed.in_host_memory(block)
+        on_host = packed.in_host_memory(block)
         kept = KeptMerge(on_host, made[0].encode(), made[1]) if made else on_host
         with self._lock:
             self._host[key] = kept

@@ -21,6 +21,7 @@ from lego_core import (
     describe_adapter,
     load_adapter,
 )
+from lego_core.adapter_files import INDEX_FILE
 from lego_core.adapter_io import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE, parse_config
 from tests import strategies
 
@@ -113,6 +114,36 @@ def test_changed_content_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, CONFIG | {"lora_alpha": 8})
     with pytest.raises(AdapterChangedError, match=f"'sql' changed.*{digest[:12]}"):
         load_adapter(path, digest=digest)
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_reads_into_the_room_that_is_given(tmp_path: Path, *, has_room: bool) -> None:
+    path, rooms = write(tmp_path), []
+
+    def room(nbytes: int) -> torch.Tensor | None:
+        rooms.append(torch.empty(nbytes, dtype=torch.uint8))
+        return rooms[0] if has_room else None
+
+    adapter, expected = load_adapter(path, room=room), load_adapter(path)
+    [given] = rooms
+    assert given.nbytes == sum(tensor.nbytes for tensor in tensors().values())
+    module, alike = adapter.modules[Q_PROJ], expected.modules[Q_PROJ]
+    for half, same in ((module.lora_a, alike.lora_a), (module.lora_b, alike.lora_b)):
+        start = half.data_ptr() - given.data_ptr()
+        assert (0 <= start < given.nbytes) == has_room
+        assert torch.equal(half, same)
+    assert adapter.digest == expected.digest
+
+
+def test_shards_ask_for_no_room(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    (path / WEIGHTS_FILE).rename(path / "part.safetensors")
+    shards = {"weight_map": dict.fromkeys(tensors(), "part.safetensors")}
+    (path / INDEX_FILE).write_text(json.dumps(shards))
+    rooms: list[int] = []
+    adapter = load_adapter(path, room=rooms.append)
+    assert not rooms
+    assert torch.equal(adapter.modules[Q_PROJ].lora_a, tensors()[A_KEY])
 
 
 def test_describe_agrees_with_load(tmp_path: Path) -> None:

@@ -100,9 +100,15 @@ def test_what_is_kept_is_copied_into_that_memory(make):
 
 def test_a_member_is_read_into_that_memory(make, members):
     tiers = make(3)
+    lies_there: list[bool] = []
+
+    def check(adapter: LoraAdapter) -> None:  # as it was read, not kept yet
+        lies_there.extend(tiers._memory.holds(m.lora_a) for m in adapter.modules.values())
+
+    tiers._check = check
     [read] = tiers.members([members[0]])
+    assert lies_there == [True]
     assert holds(read, 1)
-    assert all(tiers._memory.holds(m.lora_a) for m in read.modules.values())
     assert tiers._memory.free_ranges() == [(ENTRY, 3 * ENTRY)], "one block: it was not copied"
     [again] = tiers.members([members[0]])
     assert again.modules["layer"].lora_a.data_ptr() == read.modules["layer"].lora_a.data_ptr()
@@ -130,11 +136,8 @@ def test_a_member_that_is_refused_leaves_its_room_and_the_others(make, members, 
         save_file({key: t * torch.nan for key, t in tensors.items()}, folder / WEIGHTS_FILE)
         bad = Member("nan", str(folder), describe_adapter(folder)[1], 1.0)
     refusals = []
-    for wanted in (
-        [bad],
-        [members[1], bad],
-        [members[1], bad, members[2]],
-    ):  # others: other threads
+    # All but the first of a set are read by other threads.
+    for wanted in ([bad], [members[1], bad], [members[1], bad, members[2]]):
         with pytest.raises(error) as refused:
             tiers.members(wanted)
         refusals.append(refused.value)
