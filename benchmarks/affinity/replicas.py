@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import socket
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -17,7 +16,7 @@ from typing import Any
 import httpx
 
 from benchmarks.serving.shapes import SHAPES, write_adapters, write_model
-from vllm_lego.demo.server import LEGO_SERVE, ServerProcess, server_environment
+from vllm_lego.demo.server import LEGO_SERVE, ServerProcess, free_port, server_environment
 
 MODEL = "tiny"
 KEY = "the-right-key"
@@ -82,14 +81,11 @@ def replicas(
 
 def router(policy: str, urls: Sequence[str], *flags: str) -> ServerProcess:
     """Return `vllm-router` in front of the servers at these URLs; enter it to start it."""
-    with socket.socket() as free:  # its metrics' port is fixed unless given
-        free.bind(("127.0.0.1", 0))
-        metrics_port = free.getsockname()[1]
     arguments = [
         f"--policy={policy}",
         "--worker-startup-check-interval=1",
         "--log-level=warning",
-        f"--prometheus-port={metrics_port}",
+        f"--prometheus-port={free_port()}",  # fixed unless given
         *flags,
         "--worker-urls",
         *urls,

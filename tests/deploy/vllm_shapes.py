@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import socket
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +18,8 @@ from vllm.distributed import ensure_model_parallel_initialized, init_distributed
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.llama import LlamaForCausalLM
+
+from vllm_lego.demo.server import free_port
 
 
 def weigh(
@@ -54,9 +55,7 @@ def weigh(
 
 def weigh_all(folder: str, slots: int, rank: int, workers: int) -> list[dict[str, int]]:
     """Return what each worker weighs, all of them at the same time."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, mp_context=fork) as pool:
         each = [

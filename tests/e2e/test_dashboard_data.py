@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from vllm_lego.demo.server import (
     LEGO_SERVE,
     MODEL_NAME,
     ServerProcess,
+    free_port,
     server_arguments,
     server_environment,
     serving_dtype,
@@ -123,9 +123,7 @@ def prometheus(
         ],
     }
     (folder / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     found = Prometheus(f"http://{address}")
     command = [
         program,

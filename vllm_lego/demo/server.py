@@ -29,6 +29,8 @@ LEGO_SERVE = ("-m", "vllm_lego.cli", "serve")
 _START_LIMIT_S = 600
 _STOP_LIMIT_S = 60
 
+_reserved: list[socket.socket] = []
+
 
 def shipped_adapters() -> dict[str, Path]:
     """Return the folder of each adapter that ships with the package, by name."""
@@ -79,6 +81,20 @@ def server_environment(plugins: str = "lego") -> dict[str, str]:
     return defaults | {k: v for k, v in os.environ.items() if k != "VLLM_PLUGINS"}
 
 
+def free_port() -> int:
+    """Return a loopback port that Linux gives to nobody else for as long as this process runs.
+
+    A server binds its port when it has started, here half a minute later, and many connections and
+    sockets are opened meanwhile. So it stays bound here, to a socket that does not listen, which does not
+    hinder a server that sets SO_REUSEADDR, as most do.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    _reserved.append(reserved)
+    return int(reserved.getsockname()[1])
+
+
 class ServerProcess:
     """`vllm serve ARGUMENTS` on a loopback port, its output in a log file.
 
@@ -103,7 +119,7 @@ class ServerProcess:
         progress: Callable[[str], None] = lambda _: None,
         command: Sequence[str] = VLLM_SERVE,
     ) -> None:
-        self.port = port or _free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log or Path(tempfile.mkstemp(prefix="vllm-lego-", suffix=".log")[1])
         self._command = [
@@ -193,9 +209,3 @@ def _answers(url: str) -> bool:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
