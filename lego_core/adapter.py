@@ -102,7 +102,8 @@ class LoraAdapter:
     Attributes:
         name: what messages call it.
         modules: by the layer's name in the base model, `model.layers.0.self_attn.q_proj`.
-        digest: SHA-256 (hex) of the content it was read from; empty when it was made in memory.
+        digest: SHA-256 (hex) of the content it was read from, or what `load_adapter` was told it is; empty
+            when it was made in memory.
         base_model: the base model that its configuration names, if any.
         source: the folder or hub repository that it was read from, if any.
         revision: the repository's commit that it was read at.

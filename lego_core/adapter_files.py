@@ -217,12 +217,18 @@ def _cut(memory: torch.Tensor, entries: Sequence[TensorEntry]) -> dict[str, torc
     """Return the tensors that follow each other in a memory, as views where they are aligned."""
     tensors: dict[str, torch.Tensor] = {}
     start = 0
-    for entry in entries:
-        part, dtype = memory[start : start + entry.nbytes], DTYPES[entry.dtype]
-        if start % dtype.itemsize or not entry.nbytes:  # of no bytes, there is no view either
-            part = torch.empty(entry.nbytes, dtype=torch.uint8).copy_(part)
-        tensors[entry.key] = part.view(dtype).view(entry.shape)
-        start += entry.nbytes
+    for name, run in groupby(entries, key=lambda entry: entry.dtype):
+        alike, dtype = list(run), DTYPES[name]
+        nbytes = sum(entry.nbytes for entry in alike)
+        part = memory[start : start + nbytes]
+        if start % dtype.itemsize or not nbytes:  # of no bytes, there is no view either
+            part = torch.empty(nbytes, dtype=torch.uint8).copy_(part)
+        sizes = [entry.nbytes // dtype.itemsize for entry in alike]
+        cuts = torch.split(part.view(dtype), sizes)
+        tensors |= {
+            entry.key: cut.view(entry.shape) for entry, cut in zip(alike, cuts, strict=True)
+        }
+        start += nbytes
     return tensors
 
 

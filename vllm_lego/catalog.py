@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from cachetools import LRUCache
 
@@ -16,9 +16,10 @@ from lego_core import AdapterConfig, LegoError, describe_adapter
 from vllm_lego.access import Access
 from vllm_lego.adapter_set import shown
 from vllm_lego.errors import UnknownAdapterError, UnmergeableError
-from vllm_lego.looks import Looks, Seen, Sight
+from vllm_lego.file_stamps import look, stamp
+from vllm_lego.looks import Looks, Sight
 from vllm_lego.settings import Settings, variable_name
-from vllm_lego.sources import AdapterFolder, HubAdapters, HubAllowList, is_read
+from vllm_lego.sources import AdapterFolder, HubAdapters, HubAllowList
 
 logger = logging.getLogger("vllm.lego")  # below vLLM's own logger, to share its handlers
 
@@ -30,18 +31,29 @@ _Key = tuple[str, str, Hashable]
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """An adapter as it lies on disk: configuration, content digest and size of the weights."""
+    """An adapter as it lies on disk: configuration, content digest and size of the weights.
+
+    `stamp` is its files' (see `file_stamps`), or empty.
+    """
 
     name: str
     path: str
     config: AdapterConfig
     digest: str
     nbytes: int
+    stamp: str = ""
 
     @property
     def max_rank(self) -> int:
         """The highest rank that its configuration gives a module."""
         return max(self.config.rank, *self.config.rank_pattern.values(), 0)
+
+
+class _Read(NamedTuple):
+    """An adapter that was read, and whether its files looked the same before and after."""
+
+    entry: CatalogEntry
+    is_lasting: bool
 
 
 class Catalog:
@@ -74,7 +86,7 @@ class Catalog:
         self._told: set[str] = set()
         self._known: LRUCache[_Key, CatalogEntry] = LRUCache(_REMEMBERED)
         self._files = files
-        self._reading: dict[_Key, asyncio.Future[CatalogEntry]] = {}
+        self._reading: dict[_Key, asyncio.Future[_Read]] = {}
         self._looks = Looks(files)
 
     @classmethod
@@ -192,7 +204,7 @@ class Catalog:
                 read = await asyncio.gather(*map(self._read, unread))
             except LegoError as error:
                 raise UnmergeableError(str(error), param=param) from error
-            found |= dict(zip(unread, read, strict=True))
+            found |= {key: one.entry for key, one in zip(unread, read, strict=True)}
         return [found[key] for key in keys]
 
     async def _keys(self, names: Sequence[str], param: str) -> list[_Key]:
@@ -205,7 +217,7 @@ class Catalog:
                 return keys
         await self.check_names(names, param=param)
         paths = await asyncio.gather(*(self._find(name, param) for name in names))
-        marks = await self._looks.at((_stamp, path) for path in paths)
+        marks = await self._looks.at((look, path) for path in paths)
         return list(zip(names, paths, marks, strict=True))
 
     def _where_they_were(self, names: Sequence[str], param: str) -> dict[str, str] | None:
@@ -218,7 +230,7 @@ class Catalog:
 
     def _sights(self, here: Mapping[str, str]) -> list[Sight]:
         """Return what tells whether adapters are where they were, and of what content: theirs, and the folder's."""
-        sights: list[Sight] = [(_stamp, path) for path in here.values()]
+        sights: list[Sight] = [(look, path) for path in here.values()]
         if self._folder is not None and not all(name in self._served for name in here):
             sights.append(self._folder.sight)
         return sights
@@ -261,35 +273,26 @@ class Catalog:
             raise UnknownAdapterError(f"adapter {shown(name)} is not served here", param=param)
         return path
 
-    def _read(self, key: _Key) -> asyncio.Future[CatalogEntry]:
+    def _read(self, key: _Key) -> asyncio.Future[_Read]:
         """Read an adapter's files, once for all who ask meanwhile."""
         reading = self._reading.get(key)
         if reading is None:
             loop = asyncio.get_running_loop()
-            reading = loop.run_in_executor(self._files, _describe, key[0], key[1])
+            reading = loop.run_in_executor(self._files, _describe, *key)
             self._reading[key] = reading
             reading.add_done_callback(lambda done: self._finish(key, done))
         return asyncio.shield(reading)
 
-    def _finish(self, key: _Key, reading: asyncio.Future[CatalogEntry]) -> None:
+    def _finish(self, key: _Key, reading: asyncio.Future[_Read]) -> None:
         del self._reading[key]
-        if not reading.cancelled() and reading.exception() is None and key[2] is not None:
-            self._known[key] = reading.result()
+        if not reading.cancelled() and reading.exception() is None and reading.result().is_lasting:
+            self._known[key] = reading.result().entry
 
 
-def _stamp(path: str) -> Seen:
-    """See what changes whenever the files do, shards and their index too."""
-    try:
-        with os.scandir(path) as files:
-            stats = [(file.name, file.stat()) for file in files if is_read(file.name)]
-        own = os.stat(path)  # noqa: PTH116  the event loop waits for this, and pathlib takes a multiple
-    except OSError:
-        return Seen()
-    mark = sorted((name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats)
-    return Seen(tuple(mark), frozenset([own.st_dev, *(s.st_dev for _, s in stats)]))
-
-
-def _describe(name: str, path: str) -> CatalogEntry:
+def _describe(name: str, path: str, mark: Hashable) -> _Read:
     # A Path is always a folder: what was not allowed is not fetched, whatever its name.
     config, digest, nbytes = describe_adapter(Path(path), name=name)
-    return CatalogEntry(name, path, config, digest, nbytes)
+    seen = look(path)
+    as_before = mark is not None and seen.mark == mark
+    stamped = stamp(seen) if as_before else ""
+    return _Read(CatalogEntry(name, path, config, digest, nbytes, stamped), as_before)

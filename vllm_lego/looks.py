@@ -64,10 +64,7 @@ class _Look(NamedTuple):
 
     def was_local(self) -> bool:
         """Whether all that it asked is on file systems that are known to answer from memory."""
-        if self.seen.exception() is not None:
-            return False
-        devices = self.seen.result().devices
-        return bool(devices) and devices <= _local_devices()
+        return self.seen.exception() is None and are_local(self.seen.result().devices)
 
 
 class Looks:
@@ -113,6 +110,11 @@ class Looks:
             self._latest = young
         self._latest[sight] = _Look(now, seen)
         return seen
+
+
+def are_local(devices: frozenset[int]) -> bool:
+    """Whether there are devices, and all are of file systems that are known to answer from memory."""
+    return bool(devices) and devices <= _local_devices()
 
 
 @cache

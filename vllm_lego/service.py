@@ -299,7 +299,7 @@ class LegoService:
             entries = await self._in_time(looking, len(wanted.weights))
         config = config or self._configs.of_one(entries[0], param=param)
         members = tuple(
-            Member(entry.name, entry.path, entry.digest, wanted.weights[entry.name])
+            Member(entry.name, entry.path, entry.digest, wanted.weights[entry.name], entry.stamp)
             for entry in entries
         )
         recipe = self.merged.recipe(members, config)

@@ -27,6 +27,7 @@ from lego_core import AdapterNotFoundError, HubError, LegoError, ResolvedSource,
 from lego_core.adapter_io import CONFIG_FILE
 from vllm_lego.adapter_set import shown
 from vllm_lego.errors import BusyError, HubFailedError, UnknownAdapterError, UnmergeableError
+from vllm_lego.file_stamps import is_read
 from vllm_lego.identity import MERGE_ID
 from vllm_lego.looks import SHARED_S, Seen, Sight
 from vllm_lego.settings import SettingsError, variable_name
@@ -51,11 +52,6 @@ _NAME = re.compile(
 )
 # What git takes for a commit: the head of its digits, or what `git describe` makes of them.
 _COMMIT = re.compile(r"[0-9a-f]{4,}|.*-g[0-9a-f]{4,}", re.IGNORECASE)
-
-
-def is_read(file: str) -> bool:
-    """Whether a file of this name in an adapter's folder is read, or may be."""
-    return file == CONFIG_FILE or ".safetensors" in file
 
 
 @dataclass(slots=True, eq=False)

@@ -24,7 +24,7 @@ from lego_core import LegoError, LoraAdapter, LoraModule
 from lego_core.adapter import shared_memory
 from lego_core.adapter_files import DTYPES, read_tensors
 from lego_core.adapter_save import PREFIX
-from lego_core.digest import Digest, fill
+from lego_core.digest import Digest, Unhashed
 from vllm_lego.identity import MERGE_ID
 from vllm_lego.packed import EMBEDDING_HALVES, LINEAR_HALVES, peft_tensors
 from vllm_lego.recipe import Recipe
@@ -103,7 +103,7 @@ class MergeStore:
         if os.path.lexists(path):
             return
         started = time.perf_counter()
-        parts = _format(recipe, adapter, fidelity)
+        parts = _format(recipe.unstamped(), adapter, fidelity)
         nbytes = sum(map(len, parts))
         if nbytes > self._max_bytes:
             return
@@ -272,7 +272,7 @@ def _parse(file: BinaryIO, max_bytes: int, recipe: Recipe) -> tuple[LoraAdapter,
     file.seek(0)
     try:
         # Not by the library, which copies the whole file while no other thread gets to run.
-        tensors = read_tensors(file, "its file", recipe.merge_id, _Unhashed(), lambda _: True)
+        tensors = read_tensors(file, "its file", recipe.merge_id, Unhashed(), lambda _: True)
         fidelity = float(metadata["lego_fidelity"])
         if _checksum(tensors, stored) != metadata.get("lego_checksum"):
             raise _NotThisMergeError("its checksum is wrong")
@@ -289,16 +289,6 @@ def _parse(file: BinaryIO, max_bytes: int, recipe: Recipe) -> tuple[LoraAdapter,
     return LoraAdapter(recipe.merge_id, modules), fidelity
 
 
-class _Unhashed:
-    """Stands for the digest of a whole file, which nobody asks for."""
-
-    def update(self, _: object) -> None:
-        pass
-
-    def take(self, content: BinaryIO, _: int, memory: memoryview) -> int:
-        return fill(content, memory)
-
-
 def _header(file: BinaryIO) -> dict[str, str]:
     size = int.from_bytes(file.read(8), "little")
     header = file.read(min(size, _MAX_HEADER_BYTES))
@@ -311,7 +301,7 @@ def _header(file: BinaryIO) -> dict[str, str]:
 
 def _recipe_of(metadata: dict[str, str]) -> Recipe:
     try:
-        return Recipe.decode(metadata["lego_recipe"])
+        return Recipe.decode(metadata["lego_recipe"]).unstamped()
     except (ValueError, KeyError, TypeError, LegoError) as error:
         raise _NotThisMergeError("it holds no recipe") from error
 

@@ -20,7 +20,8 @@ from weakref import WeakValueDictionary
 import torch
 from cachetools import Cache, LRUCache
 
-from lego_core import LoraAdapter, load_adapter
+from lego_core import LegoError, LoraAdapter, load_adapter
+from vllm_lego.file_stamps import look, stamp
 from vllm_lego.host_memory import HostMemory
 from vllm_lego.packed import PackedAdapter
 from vllm_lego.recipe import Member, Recipe
@@ -125,12 +126,33 @@ class Tiers:
             return self._keep_in_host_memory(member.digest, loaded) or loaded
 
     def _load(self, member: Member) -> PackedAdapter:
-        """Read a member's files, into host memory that is free if there is enough."""
-        adapter = load_adapter(
-            Path(member.path), name=member.name, digest=member.digest, room=self._free_memory
-        )
+        """Read a member's files, into host memory that is free if there is enough.
+
+        They are hashed unless they are, before and after, as the front end saw them when it had done so.
+        """
+        adapter = self._load_as_seen(member) or self._load_files(member)
         self._check(adapter)
         return PackedAdapter.pack(adapter)
+
+    def _load_as_seen(self, member: Member) -> LoraAdapter | None:
+        if not _is_as_seen(member):
+            return None
+        try:
+            adapter = self._load_files(member, trust_digest=True)
+        except LegoError:
+            if _is_as_seen(member):
+                raise
+            return None  # half of it may have been another's
+        return adapter if _is_as_seen(member) else None
+
+    def _load_files(self, member: Member, *, trust_digest: bool = False) -> LoraAdapter:
+        return load_adapter(
+            Path(member.path),
+            name=member.name,
+            digest=member.digest,
+            trust_digest=trust_digest,
+            room=self._free_memory,
+        )
 
     def _free_memory(self, nbytes: int) -> torch.Tensor | None:
         # Nothing is dropped for it: what is read may prove to be no good.
@@ -257,6 +279,10 @@ class Tiers:
     def _evicted(self, kept: PackedAdapter | KeptMerge) -> None:
         if isinstance(kept, KeptMerge):
             self.tell("evictions", "host", time.monotonic() - kept.last_used)
+
+
+def _is_as_seen(member: Member) -> bool:
+    return bool(member.stamp) and stamp(look(member.path)) == member.stamp
 
 
 def _let_go(error: BaseException | None) -> None:

@@ -36,6 +36,7 @@ from vllm.lora.peft_helper import PEFTHelper
 from benchmarks.serving.shapes import SHAPES, write_adapters
 from lego_core import LoraAdapter, MergeConfig, merge_adapters
 from vllm_lego.catalog import Catalog, CatalogEntry
+from vllm_lego.file_stamps import SETTLED_NS
 from vllm_lego.host_memory import HostMemory
 from vllm_lego.recipe import Member
 from vllm_lego.settings import Settings
@@ -96,8 +97,10 @@ class _Stages:
         self._memory = HostMemory(budget, pin=device.type == "cuda")  # as with CUDA, also without
         self._files = ThreadPoolExecutor(16)
         self._staging = ThreadPoolExecutor(1, initializer=yield_to_the_engine)
+        time.sleep(2 * SETTLED_NS / 1e9)  # what was written just now has no stamp
         self._members = [
-            Member(entry.name, entry.path, entry.digest, 1.0) for entry in self._identify(MEMBERS)
+            Member(entry.name, entry.path, entry.digest, 1.0, entry.stamp)
+            for entry in self._identify(MEMBERS)
         ]
 
     def round(self, number: int) -> dict[str, tuple[float, float]]:

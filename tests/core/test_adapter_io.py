@@ -116,6 +116,23 @@ def test_changed_content_is_refused(tmp_path: Path) -> None:
         load_adapter(path, digest=digest)
 
 
+@pytest.mark.parametrize("in_shards", [True, False])
+def test_content_that_is_known_is_read_without_hashing(tmp_path: Path, *, in_shards: bool) -> None:
+    copy = {"base_model.model.model.embed_tokens.base_layer.weight": torch.ones(9, 4)}  # skipped
+    path = write(tmp_path, weights=copy | tensors())
+    if in_shards:
+        (path / WEIGHTS_FILE).rename(path / "part.safetensors")
+        shards = {"weight_map": dict.fromkeys(copy | tensors(), "part.safetensors")}
+        (path / INDEX_FILE).write_text(json.dumps(shards))
+    adapter = load_adapter(path, digest="as told", trust_digest=True)
+    assert adapter.digest == "as told"
+    module = adapter.modules[Q_PROJ]
+    assert torch.equal(module.lora_a, tensors()[A_KEY])
+    assert torch.equal(module.lora_b, tensors()[B_KEY])
+    with pytest.raises(ValueError, match="needs a digest"):
+        load_adapter(path, trust_digest=True)
+
+
 @pytest.mark.parametrize("has_room", [True, False])
 def test_reads_into_the_room_that_is_given(tmp_path: Path, *, has_room: bool) -> None:
     path, rooms = write(tmp_path), []

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from lego_core import LoraAdapter, LoraModule, save_adapter
 from lego_core.adapter_files import INDEX_FILE, WEIGHTS_FILE
-from vllm_lego import catalog
+from vllm_lego import catalog, file_stamps
 from vllm_lego.access import Access
 from vllm_lego.catalog import Catalog, CatalogEntry
 from vllm_lego.errors import ForbiddenError, UnknownAdapterError, UnmergeableError
+from vllm_lego.file_stamps import look, stamp
 from vllm_lego.looks import SHARED_S
 from vllm_lego.policy import Policy
 from vllm_lego.sources import AdapterFolder
@@ -80,6 +81,51 @@ def test_files_are_read_once_and_again_when_one_of_them_changes(tmp_path, read, 
     assert read == ["a", "a"]
 
 
+def test_what_was_written_just_now_is_read_once_more_when_it_has_settled(
+    tmp_path, read, monkeypatch
+):
+    monkeypatch.setattr("vllm_lego.looks.SHARED_S", 0.0)
+    monkeypatch.setattr(file_stamps, "are_local", lambda _: True)
+    adapters = Catalog({"a": str(saved(tmp_path / "a"))})
+    found = []
+    for settled_ns in (10**15, 0):
+        monkeypatch.setattr(file_stamps, "SETTLED_NS", settled_ns)
+        found.append([looked_up(adapters, "a") for _ in range(2)])
+    assert read == ["a", "a"]
+    (young, _), (settled, _) = found
+    assert young.stamp == ""
+    assert settled.stamp == stamp(look(young.path))
+    assert young.digest == settled.digest
+
+
+def test_what_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    """Even if it is as before after that: a link that leads elsewhere and back leaves no trace."""
+    monkeypatch.setattr("vllm_lego.looks.SHARED_S", 0.0)
+    for setting, value in (("SETTLED_NS", 0), ("are_local", lambda _: True)):
+        monkeypatch.setattr(file_stamps, setting, value)
+    first, second = saved(tmp_path / "first"), saved(tmp_path / "second", 2.0)
+
+    def lead_to(folder: Path) -> None:
+        (tmp_path / "new").symlink_to(folder)
+        (tmp_path / "new").replace(tmp_path / "a")
+
+    describe = catalog.describe_adapter
+
+    def overtaken(source: Any, *, name: str) -> Any:
+        lead_to(second)
+        return describe(source, name=name)
+
+    lead_to(first)
+    monkeypatch.setattr(catalog, "describe_adapter", overtaken)
+    adapters = Catalog({"a": str(tmp_path / "a")})
+    wrong = looked_up(adapters, "a")
+    assert wrong.digest == describe(second)[1]
+    assert wrong.stamp == "", "no worker takes it for what is there"
+    lead_to(first)
+    monkeypatch.setattr(catalog, "describe_adapter", describe)
+    assert looked_up(adapters, "a").digest == describe(first)[1]
+
+
 def test_a_file_that_took_the_place_of_shards_is_noticed(tmp_path):
     folder = sharded(saved(tmp_path / "a"))
     adapters = Catalog({"a": str(folder)})
@@ -90,16 +136,11 @@ def test_a_file_that_took_the_place_of_shards_is_noticed(tmp_path):
     assert looked_up(adapters, "a").digest != first.digest
 
 
-def test_a_look_tells_the_device_of_the_folder_itself(tmp_path):
-    """Its files may all be links to another."""
-    assert catalog._stamp(str(tmp_path)) == ((), {tmp_path.stat().st_dev})
-
-
 def test_who_asks_soon_after_another_shares_its_look(tmp_path, monkeypatch):
     looks = []
-    stamp = catalog._stamp
+    stamp = catalog.look
     monkeypatch.setattr("vllm_lego.looks.SHARED_S", 1000.0)
-    monkeypatch.setattr(catalog, "_stamp", lambda path: (looks.append(path), stamp(path))[1])
+    monkeypatch.setattr(catalog, "look", lambda path: (looks.append(path), stamp(path))[1])
     adapters = Catalog({name: str(saved(tmp_path / name)) for name in "ab"})
 
     async def scenario():
@@ -109,13 +150,14 @@ def test_who_asks_soon_after_another_shares_its_look(tmp_path, monkeypatch):
         assert all(entries == found[0] for entries in found)
 
     asyncio.run(scenario())
-    assert sorted(looks) == sorted(str(tmp_path / name) for name in "ab")
+    once = [str(tmp_path / name) for name in "ab"]
+    assert sorted(looks) == sorted(once * 2), "and when they had been read"
 
 
 def test_files_of_what_the_caller_may_not_name_are_not_looked_at(tmp_path, monkeypatch):
     looks = []
-    stamp = catalog._stamp
-    monkeypatch.setattr(catalog, "_stamp", lambda path: (looks.append(path), stamp(path))[1])
+    stamp = catalog.look
+    monkeypatch.setattr(catalog, "look", lambda path: (looks.append(path), stamp(path))[1])
     access = Access(Policy.from_toml('[[allow]]\nadapters = ["a"]'))
     served = {name: str(saved(tmp_path / name)) for name in "ab"}
     adapters = Catalog(served, access=access)
@@ -124,14 +166,14 @@ def test_files_of_what_the_caller_may_not_name_are_not_looked_at(tmp_path, monke
     assert looks == []
     with access.of([]):
         assert looked_up(adapters, "a").path == served["a"]
-    assert looks == [served["a"]]
+    assert set(looks) == {served["a"]}
 
 
 @pytest.mark.parametrize(
     ("names", "error"), [(("a", "c"), UnknownAdapterError), (("a", "b"), ForbiddenError)]
 )
 def test_what_is_refused_by_its_names_waits_for_no_file(tmp_path, monkeypatch, names, error):
-    monkeypatch.setattr(catalog, "_stamp", lambda _: pytest.fail("looked"))
+    monkeypatch.setattr(catalog, "look", lambda _: pytest.fail("looked"))
     access = Access(Policy.from_toml('[[allow]]\nadapters = ["a"]\n[[allow]]\nadapters = ["b"]'))
     served = {name: str(saved(tmp_path / name)) for name in "ab"}
     with access.of([]), pytest.raises(error):
@@ -144,7 +186,7 @@ def test_a_folder_that_another_request_finds_changed_meanwhile_is_looked_at_anew
     for version in (1.0, 2.0):
         saved(tmp_path / f".v{version:.0f}", version)
     (tmp_path / "a").symlink_to(".v1")
-    folder, stamp, looked = AdapterFolder(tmp_path), catalog._stamp, []
+    folder, stamp, looked = AdapterFolder(tmp_path), catalog.look, []
     one_thread = ThreadPoolExecutor(1)  # so that it sees the folder after the adapter
 
     def overtaken(path: str) -> Any:
@@ -156,10 +198,10 @@ def test_a_folder_that_another_request_finds_changed_meanwhile_is_looked_at_anew
         looked.append(path)
         return stamp(path)
 
-    monkeypatch.setattr(catalog, "_stamp", overtaken)
+    monkeypatch.setattr(catalog, "look", overtaken)
     found = looked_up(Catalog({}, folder, files=one_thread), "a")
     assert found.path == str(tmp_path / ".v2")
-    assert looked == [str(tmp_path / ".v1"), str(tmp_path / ".v2")]
+    assert looked[:2] == [str(tmp_path / ".v1"), str(tmp_path / ".v2")]
 
 
 def test_what_could_be_a_hub_repository_is_a_folder_all_the_same(tmp_path, monkeypatch):

@@ -85,10 +85,15 @@ def test_engine_ids_fit_an_int32_above_vllms_own(members):
             path=st.text(),
             digest=st.text(),
             weight=st.floats(allow_nan=False, allow_infinity=False),
+            stamp=st.text(max_size=2),
         ),
         max_size=4,
     )
 )
 def test_a_recipe_survives_its_journey(members):
     recipe = Recipe("lego-0123456789abcdef", tuple(members), CONFIG)
-    assert Recipe.decode(recipe.encode()) == recipe
+    found = Recipe.decode(recipe.encode())
+    assert found == recipe
+    assert [m.stamp for m in found.members] == [m.stamp for m in members]
+    assert found.unstamped() == recipe, "the same merge"
+    assert not any(m.stamp for m in found.unstamped().members)

@@ -302,9 +302,10 @@ import itertools, sys
 from pathlib import Path
 from tests.plugin.test_store import MERGE, recipe, store
 kept, _ = store(Path(sys.argv[1]), 1 << 17)
-print("started", flush=True)
 for i in itertools.count(1):
     kept.save(recipe(i), MERGE, 1.0)
+    if i == 1:
+        print("one is there", flush=True)
 """
 
 
@@ -382,3 +383,31 @@ def test_a_merge_for_another_base_model_under_this_name_is_set_aside(tmp_path):
     path.rename(tmp_path / f"{recipe().merge_id}.safetensors")
     assert kept.load(recipe()) is None
     assert told == [("errors", "store_broken")]
+
+
+def test_a_file_says_nothing_that_is_true_of_one_host_only(tmp_path):
+    kept, told = store(tmp_path)
+    kept.save(stamped(recipe()), MERGE, 1.0)
+    [file] = tmp_path.iterdir()
+    assert b"feed" not in file.read_bytes()
+    assert kept.load(stamped(recipe())) is not None
+    assert told == []
+
+
+def test_what_somebody_wrote_into_a_file_is_not_taken_for_hashed(tmp_path):
+    kept, _ = store(tmp_path)
+    kept.save(recipe(), MERGE, 1.0)
+    [file] = tmp_path.iterdir()
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"]["lego_recipe"] = stamped(recipe()).encode()
+    forged = json.dumps(header).encode()
+    file.write_bytes(len(forged).to_bytes(8, "little") + forged + content[8 + length :])
+    found = kept.recipe(recipe().merge_id)
+    assert found == recipe()
+    assert [member.stamp for member in found.members] == ["", ""]
+
+
+def stamped(of: Recipe) -> Recipe:
+    return replace(of, members=tuple(replace(member, stamp="feed") for member in of.members))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from lego_core import (
     AdapterChangedError,
     AdapterFormatError,
+    LegoError,
     LoraAdapter,
     LoraModule,
     MergeConfig,
@@ -25,6 +26,8 @@ from lego_core import (
     save_adapter,
 )
 from lego_core.adapter_files import INDEX_FILE, WEIGHTS_FILE
+from vllm_lego import file_stamps
+from vllm_lego.file_stamps import look, stamp
 from vllm_lego.host_memory import ALIGNMENT, HostMemory
 from vllm_lego.packed import PackedAdapter
 from vllm_lego.recipe import Member, Recipe
@@ -152,6 +155,85 @@ def test_a_member_that_is_refused_leaves_its_room_and_the_others(make, members, 
     with pytest.raises(error):
         tiers.members([bad])
     assert kept(tiers) == [7, 8, 9, 10], "nothing is dropped for what has not been read yet"
+
+
+@pytest.fixture
+def _stamped_at_once(monkeypatch):
+    monkeypatch.setattr(file_stamps, "SETTLED_NS", 0)
+    monkeypatch.setattr(file_stamps, "are_local", lambda _: True)
+
+
+@pytest.mark.usefixtures("_stamped_at_once")
+def test_files_that_are_as_the_front_end_saw_them_are_not_hashed(make, members):
+    folder = Path(members[0].path)
+    wrong = replace(members[0], digest="0" * 64, stamp=stamp(look(str(folder))))
+    [read] = make(3).members([wrong])
+    assert holds(read, 1)
+    assert read.digest == "0" * 64, "as it was told"
+    (folder / WEIGHTS_FILE).touch()
+    with pytest.raises(AdapterChangedError):
+        make(3).members([wrong])
+    again = replace(members[0], stamp=wrong.stamp)
+    assert holds(make(3).members([again])[0], 1), "touched, but of the same content"
+
+
+class Overtaken(HostMemory):
+    """While the first member is read into it, somebody writes another file in its place."""
+
+    def __init__(self, folder: Path, other: Path) -> None:
+        super().__init__(3 * ENTRY, pin=False)
+        self.folder, self.other = folder, other
+
+    def allocate(self, nbytes: int) -> torch.Tensor | None:
+        if self.other.exists():
+            self.other.replace(self.folder / WEIGHTS_FILE)
+        return super().allocate(nbytes)
+
+
+@pytest.mark.usefixtures("_stamped_at_once")
+@pytest.mark.parametrize("other", [1, 2])
+def test_files_that_change_while_they_are_read_are_hashed(make, members, other, tmp_path):
+    shutil.copy(Path(members[other - 1].path, WEIGHTS_FILE), tmp_path / "other")
+    folder = Path(members[0].path)
+    member = replace(members[0], stamp=stamp(look(str(folder))))
+    tiers = make(3)
+    tiers._memory = Overtaken(folder, tmp_path / "other")
+    if other == 1:
+        assert holds(tiers.members([member])[0], 1)
+        assert tiers._memory.free_ranges() == [(ENTRY, 3 * ENTRY)]
+    else:
+        with pytest.raises(AdapterChangedError, match=members[1].digest[:12]):
+            tiers.members([member])
+        assert tiers._memory.free_ranges() == [(0, 3 * ENTRY)]
+
+
+@pytest.mark.usefixtures("_stamped_at_once")
+def test_half_of_one_version_and_half_of_another_is_a_change_not_a_bad_file(
+    make, members, tmp_path, monkeypatch
+):
+    module = LoraModule(torch.ones(2, ENTRY // 16), torch.ones(ENTRY // 16, 2))  # of rank 2, not 1
+    save_adapter(LoraAdapter("other", {"layer": module}), tmp_path / "other")
+    folder = Path(members[0].path)
+    member = replace(members[0], stamp=stamp(look(str(folder))))
+    refusals = []
+
+    def overtaken(*source: object, trust_digest: bool, **how: object) -> LoraAdapter:
+        if trust_digest:
+            (tmp_path / "other" / WEIGHTS_FILE).replace(folder / WEIGHTS_FILE)
+        try:
+            return load_adapter(*source, trust_digest=trust_digest, **how)
+        except LegoError as error:
+            refusals.append(type(error))
+            raise
+
+    monkeypatch.setattr("vllm_lego.tiers.load_adapter", overtaken)
+    tiers = make(3)
+    with pytest.raises(AdapterChangedError):
+        tiers.members([member])
+    assert refusals == [AdapterFormatError, AdapterChangedError]
+    assert tiers._memory.free_ranges() == [(0, 3 * ENTRY)]
+    with pytest.raises(AdapterFormatError, match="rank 1"):
+        load_adapter(folder)
 
 
 def test_a_member_in_shards_is_brought_together_in_that_memory(make, tmp_path):
