@@ -161,7 +161,7 @@ def test_a_merge_that_is_still_being_written_is_dropped_after_that(start, tmp_pa
     gate = threading.Event()
 
     async def scenario():
-        service, vllm = start(store_dir=str(tmp_path / "store"), merge_timeout_s=0.2)
+        service, vllm = start(store_dir=str(tmp_path / "store"), merge_timeout_s=2.0)
         keep = vllm.staging.tiers.keep
         vllm.staging.tiers.keep = lambda *args: gate.wait(30) and keep(*args)
         merge = (await use(service, "ab")).model
