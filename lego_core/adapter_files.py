@@ -53,6 +53,10 @@ Room = Callable[[int], torch.Tensor | None]
 """Gives memory on the CPU for tensors of so many bytes, shape [bytes], uint8, or None if it has none."""
 
 
+Observe = Callable[[str, os.stat_result], None]
+"""Told a file's name and what `fstat` says of it, when it has been opened and when it has been read."""
+
+
 class MemoryShortError(MemoryError):
     """A file says that it holds more than there is memory: nothing was read."""
 
@@ -68,7 +72,9 @@ class TensorEntry:
 
 
 @contextmanager
-def opened(folder: Path, file: str, name: str) -> Iterator[BinaryIO]:
+def opened(
+    folder: Path, file: str, name: str, observe: Observe | None = None
+) -> Iterator[BinaryIO]:
     """Open a regular file of a folder; whatever goes wrong until it is closed is a `LegoError`.
 
     The folder may be a symlink. A file may be one too if it stays in the folder, or leads from a
@@ -87,9 +93,14 @@ def opened(folder: Path, file: str, name: str) -> Iterator[BinaryIO]:
             raise _unreadable(name, file, "it is no regular file")
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb", buffering=0) as content:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
                 raise _unreadable(name, file, "it is no regular file")
+            if observe is not None:
+                observe(file, status)
             yield content
+            if observe is not None:
+                observe(file, os.fstat(descriptor))
     except FileNotFoundError as error:
         hint = ""
         if file == WEIGHTS_FILE and (folder / PICKLE_FILE).exists():
@@ -102,13 +113,19 @@ def opened(folder: Path, file: str, name: str) -> Iterator[BinaryIO]:
         raise _unreadable(name, file, "there is not enough memory") from error
 
 
-def read_small(folder: Path, file: str, name: str, limit: int = MAX_CONFIG_BYTES) -> bytes:
+def read_small(
+    folder: Path,
+    file: str,
+    name: str,
+    limit: int = MAX_CONFIG_BYTES,
+    observe: Observe | None = None,
+) -> bytes:
     """Read a whole file of at most `limit` bytes.
 
     Raises:
         AdapterNotFoundError, AdapterFormatError: as `opened`, or it is larger.
     """
-    with opened(folder, file, name) as content:
+    with opened(folder, file, name, observe) as content:
         if os.fstat(content.fileno()).st_size > limit:
             raise AdapterFormatError(f"adapter {name!r}: {file} is larger than {limit} bytes")
         # One byte more than allowed: the file may grow while it is read.
@@ -120,7 +137,9 @@ def read_small(folder: Path, file: str, name: str, limit: int = MAX_CONFIG_BYTES
     return bytes(found)
 
 
-def weight_files(folder: Path, name: str) -> tuple[list[str], bytes, Mapping[str, str]]:
+def weight_files(
+    folder: Path, name: str, observe: Observe | None = None
+) -> tuple[list[str], bytes, Mapping[str, str]]:
     """Find the weights: one file, or the shards that an index names.
 
     The one file wins, as in PEFT and vLLM, which read nothing else.
@@ -134,7 +153,7 @@ def weight_files(folder: Path, name: str) -> tuple[list[str], bytes, Mapping[str
     """
     if not os.path.lexists(folder / INDEX_FILE) or os.path.lexists(folder / WEIGHTS_FILE):
         return [WEIGHTS_FILE], b"", {}
-    index = read_small(folder, INDEX_FILE, name, MAX_HEADER_BYTES)
+    index = read_small(folder, INDEX_FILE, name, MAX_HEADER_BYTES, observe)
     shards = parse_index(index, name)
     return sorted(set(shards.values())), index, shards
 

@@ -20,6 +20,7 @@ from lego_core.adapter_files import (
     MAX_CONFIG_BYTES,
     WEIGHTS_FILE,
     MemoryShortError,
+    Observe,
     Room,
     TensorEntry,
     digest_part,
@@ -65,6 +66,7 @@ def load_adapter(
     digest: str | None = None,
     trust_digest: bool = False,
     room: Room | None = None,
+    observe: Observe | None = None,
 ) -> LoraAdapter:
     """Read a PEFT LoRA adapter into memory, on the CPU, in the dtypes it was saved in.
 
@@ -78,11 +80,11 @@ def load_adapter(
             resolved to a commit first, and every file is that commit's.
         name: what messages call it; the folder's or the repository's name by default.
         digest: if given, the content must have this digest.
-        trust_digest: take the content for that of `digest` without hashing it, because nobody has written
-            to the files since it was formed.
+        trust_digest: take the content for that of `digest` without hashing it. The caller answers for it.
         room: where to read the tensors to, if they are in one file: given their size in bytes, it
             returns memory on the CPU, shape [bytes], uint8, or None if it has none. By default they
             get memory of their own.
+        observe: told a file's name and what `fstat` says of it, before and after it is read.
 
     Raises:
         AdapterNotFoundError: no such folder, files, repository or revision, or no access to it.
@@ -96,10 +98,10 @@ def load_adapter(
         raise ValueError("trust_digest needs a digest")
     found = resolve_source(source, revision, name=name)
     name = found.name
-    config_bytes = read_small(found.folder, CONFIG_FILE, name)
+    config_bytes = read_small(found.folder, CONFIG_FILE, name, observe=observe)
     config = parse_config(config_bytes, name)
     sha = Unhashed(digest) if digest is not None and trust_digest else Digest(config_bytes)
-    tensors = _read_weights(found.folder, name, sha, room)
+    tensors = _read_weights(found.folder, name, sha, room, observe)
     content = sha.hexdigest()
     if digest is not None and content != digest:
         raise AdapterChangedError(
@@ -117,37 +119,41 @@ def load_adapter(
 
 
 def describe_adapter(
-    source: str | os.PathLike[str], revision: str | None = None, *, name: str | None = None
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    name: str | None = None,
+    observe: Observe | None = None,
 ) -> tuple[AdapterConfig, str, int]:
     """Return an adapter's configuration, digest and size in bytes without parsing its weights.
 
-    The size is that of the weights' files.
+    The size is that of the weights' files. The arguments are those of `load_adapter`.
 
     Raises:
         AdapterNotFoundError, AdapterFormatError, HubError: as `load_adapter`, the weights unread.
     """
     found = resolve_source(source, revision, name=name)
-    config_bytes = read_small(found.folder, CONFIG_FILE, found.name)
+    config_bytes = read_small(found.folder, CONFIG_FILE, found.name, observe=observe)
     config = parse_config(config_bytes, found.name)
     sha, total = Digest(config_bytes), 0
-    for file, size, content in _weights(found.folder, found.name, sha)[1]:
+    for file, size, content in _weights(found.folder, found.name, sha, observe)[1]:
         del file
         total += sha.take(content, size)
     return config, sha.hexdigest(), total
 
 
 def _weights(
-    folder: Path, name: str, sha: Digest | Unhashed
+    folder: Path, name: str, sha: Digest | Unhashed, observe: Observe | None
 ) -> tuple[Mapping[str, str], Iterator[tuple[str, int, Any]]]:
     """Return the shard of each tensor, and each file's name, size and content, still unhashed."""
-    files, index, shards = weight_files(folder, name)
+    files, index, shards = weight_files(folder, name, observe)
     if index:
         digest_part(sha, INDEX_FILE, len(index))
         sha.update(index)
 
     def contents() -> Iterator[tuple[str, int, Any]]:
         for file in files:
-            with opened(folder, file, name) as content:
+            with opened(folder, file, name, observe) as content:
                 size = os.fstat(content.fileno()).st_size
                 if index:
                     digest_part(sha, file, size)
@@ -157,7 +163,11 @@ def _weights(
 
 
 def _read_weights(
-    folder: Path, name: str, sha: Digest | Unhashed, room: Room | None
+    folder: Path,
+    name: str,
+    sha: Digest | Unhashed,
+    room: Room | None,
+    observe: Observe | None,
 ) -> dict[str, torch.Tensor]:
     """Read the LoRA tensors of all weight files, each in the file that the index says."""
 
@@ -173,7 +183,7 @@ def _read_weights(
 
     tensors: dict[str, torch.Tensor] = {}
     seen: set[str] = set()
-    shards, contents = _weights(folder, name, sha)
+    shards, contents = _weights(folder, name, sha, observe)
     if shards:
         room = None  # in memory of their own, shards are no one piece
     for file, _, content in contents:

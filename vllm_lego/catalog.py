@@ -16,7 +16,7 @@ from lego_core import AdapterConfig, LegoError, describe_adapter
 from vllm_lego.access import Access
 from vllm_lego.adapter_set import shown
 from vllm_lego.errors import UnknownAdapterError, UnmergeableError
-from vllm_lego.file_stamps import look, stamp
+from vllm_lego.file_stamps import FilesRead, look, stamp
 from vllm_lego.looks import Looks, Sight
 from vllm_lego.settings import Settings, variable_name
 from vllm_lego.sources import AdapterFolder, HubAdapters, HubAllowList
@@ -50,7 +50,7 @@ class CatalogEntry:
 
 
 class _Read(NamedTuple):
-    """An adapter that was read, and whether its files looked the same before and after."""
+    """An adapter that was read, and whether its files were and stayed those that were seen before."""
 
     entry: CatalogEntry
     is_lasting: bool
@@ -291,8 +291,8 @@ class Catalog:
 
 def _describe(name: str, path: str, mark: Hashable) -> _Read:
     # A Path is always a folder: what was not allowed is not fetched, whatever its name.
-    config, digest, nbytes = describe_adapter(Path(path), name=name)
-    seen = look(path)
-    as_before = mark is not None and seen.mark == mark
-    stamped = stamp(seen) if as_before else ""
-    return _Read(CatalogEntry(name, path, config, digest, nbytes, stamped), as_before)
+    read = FilesRead()
+    config, digest, nbytes = describe_adapter(Path(path), name=name, observe=read.note)
+    is_lasting = read.are(mark)
+    stamped = stamp(mark) if is_lasting else ""
+    return _Read(CatalogEntry(name, path, config, digest, nbytes, stamped), is_lasting)

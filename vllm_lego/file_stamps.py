@@ -1,8 +1,8 @@
 """What an adapter's files look like: while that is the same they are taken to hold what they held.
 
-The front end goes by it for every request. A stamp tells workers what it was when the front end had
-hashed the files. Adapters are to be replaced by renaming: the times of a file that is written in place tell when
-a write began, and of one that is mapped into a writer's memory not even that.
+The front end goes by it for every request. A stamp tells workers what it was when the front end
+hashed the files. Adapters are to be replaced by renaming: the times of a file that is written in place
+tell when a write began, and of one that is mapped into a writer's memory not even that.
 """
 
 from __future__ import annotations
@@ -10,15 +10,33 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Hashable
 from typing import NamedTuple
 
 from lego_core.adapter_io import CONFIG_FILE
-from vllm_lego.looks import Seen, are_local
+from vllm_lego.looks import Seen, local_devices
 
 SETTLED_NS = 2_000_000_000
-"""A write may last for so long after the time that it leaves, on clocks that stand still for a second."""
+"""A write may go on for so long after the time that it leaves, and clocks of file systems stand still."""
 
 _HEX_DIGITS = 32
+
+
+class File(NamedTuple):
+    """What one file looks like; times in nanoseconds."""
+
+    name: str
+    device: int
+    inode: int
+    size: int
+    mtime: int
+    ctime: int
+
+    @classmethod
+    def of(cls, name: str, status: os.stat_result) -> File:
+        """Take what matters from what `stat` or `fstat` says of it."""
+        s = status
+        return cls(name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
 
 
 class FilesMark(NamedTuple):
@@ -28,11 +46,26 @@ class FilesMark(NamedTuple):
 
     Attributes:
         settled: whether the last change is longer ago than `SETTLED_NS`.
-        files: name, device, inode, size, mtime and ctime of each that is read, in order.
+        files: all that are read, or may be, by name.
     """
 
     settled: bool
-    files: tuple[tuple[str, int, int, int, int, int], ...]
+    files: tuple[File, ...]
+
+
+class FilesRead:
+    """What files that are read look like, before and after: `note` is for `lego_core` to `observe` them."""
+
+    def __init__(self) -> None:
+        self._files: set[File] = set()
+
+    def note(self, name: str, status: os.stat_result) -> None:
+        """Add what `fstat` says of one."""
+        self._files.add(File.of(name, status))
+
+    def are(self, mark: Hashable) -> bool:
+        """Whether those were read that were seen, and none of them changed meanwhile."""
+        return isinstance(mark, FilesMark) and self._files <= set(mark.files)
 
 
 def is_read(file: str) -> bool:
@@ -45,30 +78,24 @@ def look(path: str) -> Seen:
     now = time.time_ns()
     try:
         with os.scandir(path) as files:
-            stats = [(file.name, file.stat()) for file in files if is_read(file.name)]
+            seen = sorted(File.of(f.name, f.stat()) for f in files if is_read(f.name))
         own = os.stat(path)  # noqa: PTH116  the event loop waits for this, and pathlib takes a multiple
     except OSError:
         return Seen()
     # A program may set mtime as it likes; ctime is the file system's own.
-    settled = all(
-        abs(now - changed) > SETTLED_NS
-        for _, s in stats
-        for changed in (s.st_mtime_ns, s.st_ctime_ns)
-    )
-    seen = sorted(
-        (name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats
-    )
-    devices = frozenset([own.st_dev, *(s.st_dev for _, s in stats)])
+    settled = all(max(file.mtime, file.ctime) < now - SETTLED_NS for file in seen)
+    devices = frozenset([own.st_dev, *(file.device for file in seen)])
     return Seen(FilesMark(settled, tuple(seen)), devices)
 
 
-def stamp(seen: Seen) -> str:
+def stamp(mark: Hashable) -> str:
     """Return 32 hex digits for files that were seen, for another process to compare.
 
     Empty if equal ones would prove nothing: the files have not settled, or lie on a file system that may
-    answer from what it remembers of another host's.
+    answer from what it remembers of another host's. Reads what is mounted.
     """
-    mark = seen.mark
-    if not isinstance(mark, FilesMark) or not mark.settled or not are_local(seen.devices):
+    if not isinstance(mark, FilesMark) or not mark.settled:
+        return ""
+    if not {file.device for file in mark.files} <= local_devices():
         return ""
     return hashlib.sha256(repr(mark.files).encode()).hexdigest()[:_HEX_DIGITS]

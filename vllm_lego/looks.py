@@ -64,7 +64,10 @@ class _Look(NamedTuple):
 
     def was_local(self) -> bool:
         """Whether all that it asked is on file systems that are known to answer from memory."""
-        return self.seen.exception() is None and are_local(self.seen.result().devices)
+        if self.seen.exception() is not None:
+            return False
+        devices = self.seen.result().devices
+        return bool(devices) and devices <= _local_devices()
 
 
 class Looks:
@@ -112,13 +115,7 @@ class Looks:
         return seen
 
 
-def are_local(devices: frozenset[int]) -> bool:
-    """Whether there are devices, and all are of file systems that are known to answer from memory."""
-    return bool(devices) and devices <= _local_devices()
-
-
-@cache
-def _local_devices() -> frozenset[int]:
+def local_devices() -> frozenset[int]:
     """Return the devices of the local file systems that are mounted, as `stat` has them."""
     try:
         mounts = [line.split(" ") for line in os.fsdecode(_MOUNTS.read_bytes()).split("\n") if line]
@@ -126,3 +123,6 @@ def _local_devices() -> frozenset[int]:
         return frozenset()
     numbers = [m[2].split(":") for m in mounts if m[m.index("-", 6) + 1] in _LOCAL]
     return frozenset(os.makedev(int(major), int(minor)) for major, minor in numbers)
+
+
+_local_devices = cache(local_devices)  # the event loop asks for each look

@@ -21,7 +21,7 @@ import torch
 from cachetools import Cache, LRUCache
 
 from lego_core import LegoError, LoraAdapter, load_adapter
-from vllm_lego.file_stamps import look, stamp
+from vllm_lego.file_stamps import FilesRead, look, stamp
 from vllm_lego.host_memory import HostMemory
 from vllm_lego.packed import PackedAdapter
 from vllm_lego.recipe import Member, Recipe
@@ -128,30 +128,35 @@ class Tiers:
     def _load(self, member: Member) -> PackedAdapter:
         """Read a member's files, into host memory that is free if there is enough.
 
-        They are hashed unless they are, before and after, as the front end saw them when it had done so.
+        They are hashed unless they are, before and after, as the front end saw them when it hashed them.
         """
         adapter = self._load_as_seen(member) or self._load_files(member)
         self._check(adapter)
         return PackedAdapter.pack(adapter)
 
     def _load_as_seen(self, member: Member) -> LoraAdapter | None:
-        if not _is_as_seen(member):
+        if not member.stamp:
             return None
+        mark = look(member.path).mark
+        if stamp(mark) != member.stamp:
+            return None
+        read = FilesRead()
         try:
-            adapter = self._load_files(member, trust_digest=True)
+            adapter = self._load_files(member, read)
         except LegoError:
-            if _is_as_seen(member):
+            if look(member.path).mark == mark:
                 raise
             return None  # half of it may have been another's
-        return adapter if _is_as_seen(member) else None
+        return adapter if read.are(mark) else None
 
-    def _load_files(self, member: Member, *, trust_digest: bool = False) -> LoraAdapter:
+    def _load_files(self, member: Member, trusted: FilesRead | None = None) -> LoraAdapter:
         return load_adapter(
             Path(member.path),
             name=member.name,
             digest=member.digest,
-            trust_digest=trust_digest,
+            trust_digest=trusted is not None,
             room=self._free_memory,
+            observe=trusted.note if trusted else None,
         )
 
     def _free_memory(self, nbytes: int) -> torch.Tensor | None:
@@ -279,10 +284,6 @@ class Tiers:
     def _evicted(self, kept: PackedAdapter | KeptMerge) -> None:
         if isinstance(kept, KeptMerge):
             self.tell("evictions", "host", time.monotonic() - kept.last_used)
-
-
-def _is_as_seen(member: Member) -> bool:
-    return bool(member.stamp) and stamp(look(member.path)) == member.stamp
 
 
 def _let_go(error: BaseException | None) -> None:

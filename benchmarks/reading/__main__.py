@@ -102,6 +102,8 @@ class _Stages:
             Member(entry.name, entry.path, entry.digest, 1.0, entry.stamp)
             for entry in self._identify(MEMBERS)
         ]
+        if not all(member.stamp for member in self._members):
+            raise SystemExit("TMPDIR is on no local file system: workers would hash what is there")
 
     def round(self, number: int) -> dict[str, tuple[float, float]]:
         """Return the wall clock's and the processors' seconds of each stage."""

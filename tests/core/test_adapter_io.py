@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -124,8 +125,17 @@ def test_content_that_is_known_is_read_without_hashing(tmp_path: Path, *, in_sha
         (path / WEIGHTS_FILE).rename(path / "part.safetensors")
         shards = {"weight_map": dict.fromkeys(copy | tensors(), "part.safetensors")}
         (path / INDEX_FILE).write_text(json.dumps(shards))
-    adapter = load_adapter(path, digest="as told", trust_digest=True)
+    seen: list[tuple[str, int]] = []
+
+    def observe(file: str, status: os.stat_result) -> None:
+        seen.append((file, status.st_ino))
+
+    adapter = load_adapter(path, digest="as told", trust_digest=True, observe=observe)
     assert adapter.digest == "as told"
+    whole = [(file.name, file.stat().st_ino) for file in path.iterdir()]
+    assert sorted(seen) == sorted(whole * 2), "all that is read, before and after"
+    describe_adapter(path, observe=observe)
+    assert sorted(seen) == sorted(whole * 4)
     module = adapter.modules[Q_PROJ]
     assert torch.equal(module.lora_a, tensors()[A_KEY])
     assert torch.equal(module.lora_b, tensors()[B_KEY])

@@ -13,6 +13,7 @@ from prometheus_client import REGISTRY
 
 from lego_core import LoraAdapter, LoraModule, save_adapter
 from tests.plugin.played_vllm import NAMES, PlayedVllm
+from vllm_lego import file_stamps
 from vllm_lego._vllm import Engine
 from vllm_lego.metrics import Metrics
 from vllm_lego.service import LegoService
@@ -30,6 +31,13 @@ def caplog(
     with caplog.at_level(logging.INFO, logger=logger.name):  # whatever vLLM's was left at
         yield caplog
     logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture
+def stamped_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Files need not settle to have a stamp, and this test's are on a local file system."""
+    monkeypatch.setattr(file_stamps, "SETTLED_NS", 0)
+    monkeypatch.setattr(file_stamps, "local_devices", lambda: {tmp_path.stat().st_dev})
 
 
 @pytest.fixture

@@ -56,9 +56,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names = []
     describe = catalog.describe_adapter
 
-    def noted(source: Any, *, name: str) -> Any:
+    def noted(source: Any, *, name: str, **how: Any) -> Any:
         names.append(name)
-        return describe(source, name=name)
+        return describe(source, name=name, **how)
 
     monkeypatch.setattr(catalog, "describe_adapter", noted)
     return names
@@ -81,11 +81,11 @@ def test_files_are_read_once_and_again_when_one_of_them_changes(tmp_path, read, 
     assert read == ["a", "a"]
 
 
+@pytest.mark.usefixtures("stamped_at_once")
 def test_what_was_written_just_now_is_read_once_more_when_it_has_settled(
     tmp_path, read, monkeypatch
 ):
     monkeypatch.setattr("vllm_lego.looks.SHARED_S", 0.0)
-    monkeypatch.setattr(file_stamps, "are_local", lambda _: True)
     adapters = Catalog({"a": str(saved(tmp_path / "a"))})
     found = []
     for settled_ns in (10**15, 0):
@@ -94,15 +94,17 @@ def test_what_was_written_just_now_is_read_once_more_when_it_has_settled(
     assert read == ["a", "a"]
     (young, _), (settled, _) = found
     assert young.stamp == ""
-    assert settled.stamp == stamp(look(young.path))
+    assert settled.stamp == stamp(look(young.path).mark)
     assert young.digest == settled.digest
 
 
-def test_what_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
-    """Even if it is as before after that: a link that leads elsewhere and back leaves no trace."""
+@pytest.mark.usefixtures("stamped_at_once")
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_folder_that_leads_elsewhere_while_it_is_read_is_read_again(
+    tmp_path, monkeypatch, at_once
+):
+    """Afterwards it looks as it did before, at once or by the next request."""
     monkeypatch.setattr("vllm_lego.looks.SHARED_S", 0.0)
-    for setting, value in (("SETTLED_NS", 0), ("are_local", lambda _: True)):
-        monkeypatch.setattr(file_stamps, setting, value)
     first, second = saved(tmp_path / "first"), saved(tmp_path / "second", 2.0)
 
     def lead_to(folder: Path) -> None:
@@ -111,9 +113,12 @@ def test_what_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
 
     describe = catalog.describe_adapter
 
-    def overtaken(source: Any, *, name: str) -> Any:
+    def overtaken(*source: Any, **how: Any) -> Any:
         lead_to(second)
-        return describe(source, name=name)
+        found = describe(*source, **how)
+        if at_once:
+            lead_to(first)
+        return found
 
     lead_to(first)
     monkeypatch.setattr(catalog, "describe_adapter", overtaken)
@@ -123,7 +128,9 @@ def test_what_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
     assert wrong.stamp == "", "no worker takes it for what is there"
     lead_to(first)
     monkeypatch.setattr(catalog, "describe_adapter", describe)
-    assert looked_up(adapters, "a").digest == describe(first)[1]
+    right = looked_up(adapters, "a")
+    assert right.digest == describe(first)[1]
+    assert right.stamp
 
 
 def test_a_file_that_took_the_place_of_shards_is_noticed(tmp_path):
@@ -138,9 +145,9 @@ def test_a_file_that_took_the_place_of_shards_is_noticed(tmp_path):
 
 def test_who_asks_soon_after_another_shares_its_look(tmp_path, monkeypatch):
     looks = []
-    stamp = catalog.look
+    see = catalog.look
     monkeypatch.setattr("vllm_lego.looks.SHARED_S", 1000.0)
-    monkeypatch.setattr(catalog, "look", lambda path: (looks.append(path), stamp(path))[1])
+    monkeypatch.setattr(catalog, "look", lambda path: (looks.append(path), see(path))[1])
     adapters = Catalog({name: str(saved(tmp_path / name)) for name in "ab"})
 
     async def scenario():
@@ -150,14 +157,13 @@ def test_who_asks_soon_after_another_shares_its_look(tmp_path, monkeypatch):
         assert all(entries == found[0] for entries in found)
 
     asyncio.run(scenario())
-    once = [str(tmp_path / name) for name in "ab"]
-    assert sorted(looks) == sorted(once * 2), "and when they had been read"
+    assert sorted(looks) == sorted(str(tmp_path / name) for name in "ab")
 
 
 def test_files_of_what_the_caller_may_not_name_are_not_looked_at(tmp_path, monkeypatch):
     looks = []
-    stamp = catalog.look
-    monkeypatch.setattr(catalog, "look", lambda path: (looks.append(path), stamp(path))[1])
+    see = catalog.look
+    monkeypatch.setattr(catalog, "look", lambda path: (looks.append(path), see(path))[1])
     access = Access(Policy.from_toml('[[allow]]\nadapters = ["a"]'))
     served = {name: str(saved(tmp_path / name)) for name in "ab"}
     adapters = Catalog(served, access=access)
@@ -166,7 +172,7 @@ def test_files_of_what_the_caller_may_not_name_are_not_looked_at(tmp_path, monke
     assert looks == []
     with access.of([]):
         assert looked_up(adapters, "a").path == served["a"]
-    assert set(looks) == {served["a"]}
+    assert looks == [served["a"]]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +192,7 @@ def test_a_folder_that_another_request_finds_changed_meanwhile_is_looked_at_anew
     for version in (1.0, 2.0):
         saved(tmp_path / f".v{version:.0f}", version)
     (tmp_path / "a").symlink_to(".v1")
-    folder, stamp, looked = AdapterFolder(tmp_path), catalog.look, []
+    folder, see, looked = AdapterFolder(tmp_path), catalog.look, []
     one_thread = ThreadPoolExecutor(1)  # so that it sees the folder after the adapter
 
     def overtaken(path: str) -> Any:
@@ -196,12 +202,12 @@ def test_a_folder_that_another_request_finds_changed_meanwhile_is_looked_at_anew
             os.utime(tmp_path, (1, 1))  # or any look would take it for changed just now
             asyncio.run(folder.refresh())
         looked.append(path)
-        return stamp(path)
+        return see(path)
 
     monkeypatch.setattr(catalog, "look", overtaken)
     found = looked_up(Catalog({}, folder, files=one_thread), "a")
     assert found.path == str(tmp_path / ".v2")
-    assert looked[:2] == [str(tmp_path / ".v1"), str(tmp_path / ".v2")]
+    assert looked == [str(tmp_path / ".v1"), str(tmp_path / ".v2")]
 
 
 def test_what_could_be_a_hub_repository_is_a_folder_all_the_same(tmp_path, monkeypatch):

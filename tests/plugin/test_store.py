@@ -389,7 +389,7 @@ def test_a_file_says_nothing_that_is_true_of_one_host_only(tmp_path):
     kept, told = store(tmp_path)
     kept.save(stamped(recipe()), MERGE, 1.0)
     [file] = tmp_path.iterdir()
-    assert b"feed" not in file.read_bytes()
+    assert b"a stamp" not in file.read_bytes()
     assert kept.load(stamped(recipe())) is not None
     assert told == []
 
@@ -410,4 +410,4 @@ def test_what_somebody_wrote_into_a_file_is_not_taken_for_hashed(tmp_path):
 
 
 def stamped(of: Recipe) -> Recipe:
-    return replace(of, members=tuple(replace(member, stamp="feed") for member in of.members))
+    return replace(of, members=tuple(replace(member, stamp="a stamp") for member in of.members))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -26,7 +27,6 @@ from lego_core import (
     save_adapter,
 )
 from lego_core.adapter_files import INDEX_FILE, WEIGHTS_FILE
-from vllm_lego import file_stamps
 from vllm_lego.file_stamps import look, stamp
 from vllm_lego.host_memory import ALIGNMENT, HostMemory
 from vllm_lego.packed import PackedAdapter
@@ -157,47 +157,41 @@ def test_a_member_that_is_refused_leaves_its_room_and_the_others(make, members, 
     assert kept(tiers) == [7, 8, 9, 10], "nothing is dropped for what has not been read yet"
 
 
-@pytest.fixture
-def _stamped_at_once(monkeypatch):
-    monkeypatch.setattr(file_stamps, "SETTLED_NS", 0)
-    monkeypatch.setattr(file_stamps, "are_local", lambda _: True)
-
-
-@pytest.mark.usefixtures("_stamped_at_once")
+@pytest.mark.usefixtures("stamped_at_once")
 def test_files_that_are_as_the_front_end_saw_them_are_not_hashed(make, members):
     folder = Path(members[0].path)
-    wrong = replace(members[0], digest="0" * 64, stamp=stamp(look(str(folder))))
+    wrong = replace(members[0], digest="0" * 64, stamp=stamp(look(str(folder)).mark))
     [read] = make(3).members([wrong])
     assert holds(read, 1)
     assert read.digest == "0" * 64, "as it was told"
-    (folder / WEIGHTS_FILE).touch()
+    os.utime(folder / WEIGHTS_FILE, (1, 1))
     with pytest.raises(AdapterChangedError):
         make(3).members([wrong])
     again = replace(members[0], stamp=wrong.stamp)
     assert holds(make(3).members([again])[0], 1), "touched, but of the same content"
 
 
-class Overtaken(HostMemory):
-    """While the first member is read into it, somebody writes another file in its place."""
+class Meanwhile(HostMemory):
+    """Something happens once, when a member's files are open and its weights are about to be read."""
 
-    def __init__(self, folder: Path, other: Path) -> None:
+    def __init__(self, happens: Callable[[], object]) -> None:
         super().__init__(3 * ENTRY, pin=False)
-        self.folder, self.other = folder, other
+        self._happens = [happens]
 
     def allocate(self, nbytes: int) -> torch.Tensor | None:
-        if self.other.exists():
-            self.other.replace(self.folder / WEIGHTS_FILE)
+        if self._happens:
+            self._happens.pop()()
         return super().allocate(nbytes)
 
 
-@pytest.mark.usefixtures("_stamped_at_once")
+@pytest.mark.usefixtures("stamped_at_once")
 @pytest.mark.parametrize("other", [1, 2])
 def test_files_that_change_while_they_are_read_are_hashed(make, members, other, tmp_path):
     shutil.copy(Path(members[other - 1].path, WEIGHTS_FILE), tmp_path / "other")
     folder = Path(members[0].path)
-    member = replace(members[0], stamp=stamp(look(str(folder))))
+    member = replace(members[0], stamp=stamp(look(str(folder)).mark))
     tiers = make(3)
-    tiers._memory = Overtaken(folder, tmp_path / "other")
+    tiers._memory = Meanwhile(lambda: (tmp_path / "other").replace(folder / WEIGHTS_FILE))
     if other == 1:
         assert holds(tiers.members([member])[0], 1)
         assert tiers._memory.free_ranges() == [(ENTRY, 3 * ENTRY)]
@@ -207,14 +201,55 @@ def test_files_that_change_while_they_are_read_are_hashed(make, members, other, 
         assert tiers._memory.free_ranges() == [(0, 3 * ENTRY)]
 
 
-@pytest.mark.usefixtures("_stamped_at_once")
+@pytest.mark.usefixtures("stamped_at_once")
+def test_a_folder_that_goes_elsewhere_while_it_is_read_is_the_one_that_was_seen(make, members):
+    folder, other = (Path(member.path) for member in members[:2])
+    member = replace(members[0], digest="as told", stamp=stamp(look(str(folder)).mark))
+
+    def replaced() -> None:
+        folder.rename(folder.with_name("old"))
+        other.rename(folder)
+
+    tiers = make(3)
+    tiers._memory = Meanwhile(replaced)
+    assert holds(tiers.members([member])[0], 1)
+
+
+@pytest.mark.usefixtures("stamped_at_once")
+def test_a_folder_that_leads_elsewhere_for_a_moment_is_not_the_one_that_was_seen(
+    make, members, tmp_path, monkeypatch
+):
+    """The files that are read are compared with those that were seen, not what is there afterwards."""
+    first, second = members[:2]
+    lead_to(first.path, tmp_path / "link")
+    member = replace(first, path=str(tmp_path / "link"))
+    member = replace(member, stamp=stamp(look(member.path).mark))
+
+    def flickers(*source: object, trust_digest: bool, **how: object) -> LoraAdapter:
+        lead_to(second.path, tmp_path / "link")
+        try:
+            return load_adapter(*source, trust_digest=trust_digest, **how)
+        finally:
+            lead_to(first.path, tmp_path / "link")
+
+    monkeypatch.setattr("vllm_lego.tiers.load_adapter", flickers)
+    with pytest.raises(AdapterChangedError):
+        make(3).members([member])
+
+
+def lead_to(folder: str, link: Path) -> None:
+    (new := link.with_name("new")).symlink_to(folder)
+    new.replace(link)
+
+
+@pytest.mark.usefixtures("stamped_at_once")
 def test_half_of_one_version_and_half_of_another_is_a_change_not_a_bad_file(
     make, members, tmp_path, monkeypatch
 ):
     module = LoraModule(torch.ones(2, ENTRY // 16), torch.ones(ENTRY // 16, 2))  # of rank 2, not 1
     save_adapter(LoraAdapter("other", {"layer": module}), tmp_path / "other")
     folder = Path(members[0].path)
-    member = replace(members[0], stamp=stamp(look(str(folder))))
+    member = replace(members[0], stamp=stamp(look(str(folder)).mark))
     refusals = []
 
     def overtaken(*source: object, trust_digest: bool, **how: object) -> LoraAdapter:
