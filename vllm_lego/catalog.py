@@ -16,7 +16,7 @@ from lego_core import AdapterConfig, LegoError, describe_adapter
 from vllm_lego.access import Access
 from vllm_lego.adapter_set import shown
 from vllm_lego.errors import UnknownAdapterError, UnmergeableError
-from vllm_lego.file_stamps import FilesRead, look, stamp
+from vllm_lego.file_stamps import FilesMark, FilesRead, look, stamp
 from vllm_lego.looks import Looks, Sight
 from vllm_lego.settings import Settings, variable_name
 from vllm_lego.sources import AdapterFolder, HubAdapters, HubAllowList
@@ -50,7 +50,7 @@ class CatalogEntry:
 
 
 class _Read(NamedTuple):
-    """An adapter that was read, and whether its files were and stayed those that were seen before."""
+    """An adapter that was read, and whether that holds for as long as its files look as they did."""
 
     entry: CatalogEntry
     is_lasting: bool
@@ -293,6 +293,8 @@ def _describe(name: str, path: str, mark: Hashable) -> _Read:
     # A Path is always a folder: what was not allowed is not fetched, whatever its name.
     read = FilesRead()
     config, digest, nbytes = describe_adapter(Path(path), name=name, observe=read.note)
-    is_lasting = read.are(mark)
-    stamped = stamp(mark) if is_lasting else ""
+    as_seen = read.are(mark)
+    stamped = stamp(mark) if as_seen else ""
+    # Where files come from elsewhere, opening one may change what it looks like.
+    is_lasting = as_seen or (isinstance(mark, FilesMark) and not mark.are_local())
     return _Read(CatalogEntry(name, path, config, digest, nbytes, stamped), is_lasting)

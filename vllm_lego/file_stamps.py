@@ -52,6 +52,10 @@ class FilesMark(NamedTuple):
     settled: bool
     files: tuple[File, ...]
 
+    def are_local(self) -> bool:
+        """Whether they lie on file systems that are known to answer from memory. Reads what is mounted."""
+        return {file.device for file in self.files} <= local_devices()
+
 
 class FilesRead:
     """What files that are read look like, before and after: `note` is for `lego_core` to `observe` them."""
@@ -92,10 +96,8 @@ def stamp(mark: Hashable) -> str:
     """Return 32 hex digits for files that were seen, for another process to compare.
 
     Empty if equal ones would prove nothing: the files have not settled, or lie on a file system that may
-    answer from what it remembers of another host's. Reads what is mounted.
+    answer from what it remembers of another host's.
     """
-    if not isinstance(mark, FilesMark) or not mark.settled:
-        return ""
-    if not {file.device for file in mark.files} <= local_devices():
+    if not isinstance(mark, FilesMark) or not mark.settled or not mark.are_local():
         return ""
     return hashlib.sha256(repr(mark.files).encode()).hexdigest()[:_HEX_DIGITS]

@@ -20,7 +20,7 @@ from vllm_lego import catalog, file_stamps
 from vllm_lego.access import Access
 from vllm_lego.catalog import Catalog, CatalogEntry
 from vllm_lego.errors import ForbiddenError, UnknownAdapterError, UnmergeableError
-from vllm_lego.file_stamps import look, stamp
+from vllm_lego.file_stamps import FilesRead, look, stamp
 from vllm_lego.looks import SHARED_S
 from vllm_lego.policy import Policy
 from vllm_lego.sources import AdapterFolder
@@ -52,7 +52,8 @@ def looked_up(adapters: Catalog, name: str) -> CatalogEntry:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the adapters whose files were read."""
+    """The names of the adapters whose files were read. None settles meanwhile."""
+    monkeypatch.setattr(file_stamps, "SETTLED_NS", 10**15)
     names = []
     describe = catalog.describe_adapter
 
@@ -131,6 +132,18 @@ def test_a_folder_that_leads_elsewhere_while_it_is_read_is_read_again(
     right = looked_up(adapters, "a")
     assert right.digest == describe(first)[1]
     assert right.stamp
+
+
+def test_elsewhere_files_that_look_different_when_they_are_open_are_read_once(
+    tmp_path, read, monkeypatch
+):
+    """As with blobfuse: the time of the content is that of a copy, as long as it is open."""
+    monkeypatch.setattr("vllm_lego.looks.SHARED_S", 0.0)
+    monkeypatch.setattr(file_stamps, "local_devices", frozenset)
+    monkeypatch.setattr(FilesRead, "are", lambda *_: False)
+    adapters = Catalog({"a": str(saved(tmp_path / "a"))})
+    assert looked_up(adapters, "a") == looked_up(adapters, "a")
+    assert read == ["a"]
 
 
 def test_a_file_that_took_the_place_of_shards_is_noticed(tmp_path):
