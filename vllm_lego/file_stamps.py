@@ -13,7 +13,7 @@ import time
 from collections.abc import Hashable
 from typing import NamedTuple
 
-from lego_core.adapter_io import CONFIG_FILE
+from lego_core.adapter_io import CONFIG_FILE, WEIGHTS_FILE
 from vllm_lego.looks import Seen, local_devices
 
 SETTLED_NS = 2_000_000_000
@@ -53,7 +53,7 @@ class FilesMark(NamedTuple):
     files: tuple[File, ...]
 
     def are_local(self) -> bool:
-        """Whether they lie on file systems that are known to answer from memory. Reads what is mounted."""
+        """Whether they lie on file systems that nobody else writes to. Reads what is mounted."""
         return {file.device for file in self.files} <= local_devices()
 
 
@@ -69,7 +69,10 @@ class FilesRead:
 
     def are(self, mark: Hashable) -> bool:
         """Whether those were read that were seen, and none of them changed meanwhile."""
-        return isinstance(mark, FilesMark) and self._files <= set(mark.files)
+        if not isinstance(mark, FilesMark) or not self._files <= set(mark.files):
+            return False
+        read, seen = ({file.name for file in files} for files in (self._files, mark.files))
+        return WEIGHTS_FILE in read or WEIGHTS_FILE not in seen  # it wins over shards
 
 
 def is_read(file: str) -> bool:

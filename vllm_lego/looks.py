@@ -22,19 +22,8 @@ SHARED_S = 0.02
 ones they share as long as their path does not answer."""
 _REMEMBERED = 4096
 _MOUNTS = Path("/proc/self/mountinfo")
-_LOCAL = (
-    "erofs",
-    "ext2",
-    "ext3",
-    "ext4",
-    "f2fs",
-    "overlay",
-    "ramfs",
-    "squashfs",
-    "tmpfs",
-    "xfs",
-    "zfs",
-)
+_WRITABLE = ("ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs")
+_IMAGES = ("erofs", "squashfs")
 
 
 class Seen(NamedTuple):
@@ -115,14 +104,21 @@ class Looks:
         return seen
 
 
-def local_devices() -> frozenset[int]:
-    """Return the devices of the local file systems that are mounted, as `stat` has them."""
+def local_devices(*, images: bool = False) -> frozenset[int]:
+    """Return the devices of the local file systems that are mounted, as `stat` has them.
+
+    Args:
+        images: those too whose times are not their own but come with the image.
+    """
     try:
         mounts = [line.split(" ") for line in os.fsdecode(_MOUNTS.read_bytes()).split("\n") if line]
     except OSError:  # not Linux
         return frozenset()
-    numbers = [m[2].split(":") for m in mounts if m[m.index("-", 6) + 1] in _LOCAL]
+    kinds = _WRITABLE + _IMAGES if images else _WRITABLE
+    numbers = [m[2].split(":") for m in mounts if m[m.index("-", 6) + 1] in kinds]
     return frozenset(os.makedev(int(major), int(minor)) for major, minor in numbers)
 
 
-_local_devices = cache(local_devices)  # the event loop asks for each look
+@cache
+def _local_devices() -> frozenset[int]:
+    return local_devices(images=True)

@@ -13,6 +13,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -128,7 +129,7 @@ class Tiers:
     def _load(self, member: Member) -> PackedAdapter:
         """Read a member's files, into host memory that is free if there is enough.
 
-        They are hashed unless they are, before and after, as the front end saw them when it hashed them.
+        They are hashed only if they are not, or do not stay, as the front end saw them when it did so.
         """
         adapter = self._load_as_seen(member) or self._load_files(member)
         self._check(adapter)
@@ -141,13 +142,11 @@ class Tiers:
         if stamp(mark) != member.stamp:
             return None
         read = FilesRead()
-        try:
+        with suppress(LegoError):  # half of it may have been another's: the hash will tell
             adapter = self._load_files(member, read)
-        except LegoError:
-            if look(member.path).mark == mark:
-                raise
-            return None  # half of it may have been another's
-        return adapter if read.are(mark) else None
+            if read.are(mark):
+                return adapter
+        return None
 
     def _load_files(self, member: Member, trusted: FilesRead | None = None) -> LoraAdapter:
         return load_adapter(

@@ -114,3 +114,15 @@ def test_what_is_read_is_what_was_seen_unless_it_changes(folder):
     assert not read("longer than before")
     assert not read(), "it is another from now on"
     assert not FilesRead().are(None)
+
+
+def test_shards_are_not_what_was_seen_where_one_file_is_there(folder):
+    """It wins: the same files would be read, had it not been away for a moment."""
+    mark = look(str(folder)).mark
+    found = FilesRead()
+    for file in (CONFIG_FILE, INDEX_FILE):
+        with opened(folder, file, "a", found.note):
+            pass
+    assert not found.are(mark)
+    (folder / WEIGHTS_FILE).unlink()
+    assert found.are(look(str(folder)).mark)

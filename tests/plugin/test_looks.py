@@ -169,10 +169,12 @@ def test_local_are_the_file_systems_that_are_listed(tmp_path, monkeypatch):
         b"30 25 0:27 / /dev/sh\xffm rw - tmpfs tmpfs rw,size=24683656k\n"
         b"31 27 0:44 / /adapters rw,relatime shared:7 master:1 - nfs4 server:/adapters rw\n"
         b"32 27 0:45 / /bucket rw - fuse.s3fs s3fs rw\n"
+        b"33 27 7:0 / /image ro - squashfs /dev/loop0 ro\n"
     )
     for path, local in (
-        (mounts, {os.makedev(254, 0), os.makedev(0, 27)}),
+        (mounts, {os.makedev(254, 0), os.makedev(0, 27), os.makedev(7, 0)}),
         (tmp_path / "none", set()),
     ):
         monkeypatch.setattr(looks, "_MOUNTS", path)
         assert READ_MOUNTS() == local
+        assert looks.local_devices() == local - {os.makedev(7, 0)}, "no image's times are its own"

@@ -24,6 +24,7 @@ from vllm_lego.errors import (
     UnmergeableError,
     WorkersDisagreeError,
 )
+from vllm_lego.file_stamps import look, stamp
 from vllm_lego.identity import engine_id
 from vllm_lego.looks import SHARED_S
 from vllm_lego.recipe import Recipe
@@ -39,6 +40,19 @@ def test_miss_then_hit_and_any_order(start):
         assert first.model == second.model
         assert vllm.registered == {engine_id(first.model): first.model}
         assert nothing_left(service, vllm)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("stamped_at_once")
+def test_workers_are_told_what_the_files_looked_like(start):
+    async def scenario():
+        service, _ = start()
+        merge = (await use(service, "ab")).model
+        [recipe] = [Recipe.decode(merge.recipe) for _, merge in await service.merges()]
+        assert recipe.merge_id == merge
+        for member in recipe.members:
+            assert member.stamp == stamp(look(member.path).mark) != ""
 
     asyncio.run(scenario())
 
