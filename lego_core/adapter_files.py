@@ -54,7 +54,7 @@ Room = Callable[[int], torch.Tensor | None]
 
 
 Observe = Callable[[str, os.stat_result], None]
-"""Told a file's name and what `fstat` says of it, when it has been opened and when it has been read."""
+"""Told a file's name and what `fstat` says of it once it has been read."""
 
 
 class MemoryShortError(MemoryError):
@@ -93,11 +93,8 @@ def opened(
             raise _unreadable(name, file, "it is no regular file")
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb", buffering=0) as content:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise _unreadable(name, file, "it is no regular file")
-            if observe is not None:
-                observe(file, status)
             yield content
             if observe is not None:
                 observe(file, os.fstat(descriptor))

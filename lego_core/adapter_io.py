@@ -84,7 +84,7 @@ def load_adapter(
         room: where to read the tensors to, if they are in one file: given their size in bytes, it
             returns memory on the CPU, shape [bytes], uint8, or None if it has none. By default they
             get memory of their own.
-        observe: told a file's name and what `fstat` says of it, before and after it is read.
+        observe: told a file's name and what `fstat` says of it, once for each, when it has been read.
 
     Raises:
         AdapterNotFoundError: no such folder, files, repository or revision, or no access to it.

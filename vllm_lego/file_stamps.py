@@ -35,8 +35,14 @@ class File(NamedTuple):
     @classmethod
     def of(cls, name: str, status: os.stat_result) -> File:
         """Take what matters from what `stat` or `fstat` says of it."""
-        s = status
-        return cls(name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+        return cls(
+            name,
+            status.st_dev,
+            status.st_ino,
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+        )
 
 
 class FilesMark(NamedTuple):
@@ -58,7 +64,7 @@ class FilesMark(NamedTuple):
 
 
 class FilesRead:
-    """What files that are read look like, before and after: `note` is for `lego_core` to `observe` them."""
+    """What files look like when they have been read: `note` is for `lego_core` to `observe` them."""
 
     def __init__(self) -> None:
         self._files: set[File] = set()
@@ -68,7 +74,7 @@ class FilesRead:
         self._files.add(File.of(name, status))
 
     def are(self, mark: Hashable) -> bool:
-        """Whether those were read that were seen, and none of them changed meanwhile."""
+        """Whether those were read that had been seen, and none of them has changed since."""
         if not isinstance(mark, FilesMark) or not self._files <= set(mark.files):
             return False
         read, seen = ({file.name for file in files} for files in (self._files, mark.files))

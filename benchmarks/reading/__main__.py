@@ -36,7 +36,7 @@ from vllm.lora.peft_helper import PEFTHelper
 from benchmarks.serving.shapes import SHAPES, write_adapters
 from lego_core import LoraAdapter, MergeConfig, merge_adapters
 from vllm_lego.catalog import Catalog, CatalogEntry
-from vllm_lego.file_stamps import SETTLED_NS
+from vllm_lego.file_stamps import FilesMark, look
 from vllm_lego.host_memory import HostMemory
 from vllm_lego.recipe import Member
 from vllm_lego.settings import Settings
@@ -98,7 +98,8 @@ class _Stages:
         self._memory = HostMemory(budget, pin=device.type == "cuda")  # as with CUDA, also without
         self._files = ThreadPoolExecutor(16)
         self._staging = ThreadPoolExecutor(1, initializer=yield_to_the_engine)
-        time.sleep(2 * SETTLED_NS / 1e9)  # what was written just now has no stamp
+        while not all(_has_settled(path) for path in self._adapters.values()):
+            time.sleep(0.05)  # what was written just now has no stamp
         self._members = [
             Member(entry.name, entry.path, entry.digest, 1.0, entry.stamp)
             for entry in self._identify(MEMBERS)
@@ -146,6 +147,11 @@ class _Stages:
         merge_adapters(members, MergeConfig(rank=RANK), device=self._device, dtype=torch.bfloat16)
 
 
+def _has_settled(path: str) -> bool:
+    mark = look(path).mark
+    return isinstance(mark, FilesMark) and mark.settled
+
+
 def _timed(stage: Callable[[], Any]) -> tuple[float, float]:
     cpu, started = time.process_time(), time.perf_counter()
     stage()
@@ -163,7 +169,7 @@ def _table(result: dict[str, Any]) -> str:
             f"`{result['command']}`, {result['device']}, {result['cores']} cores, "
             + ", ".join(f"{name} {of}" for name, of in result["versions"].items())
             + f"; adapters of {result['adapter_bytes'] / 1e6:.0f} MB, {len(rounds)} rounds."
-            + (" TMPDIR is on no local file system: the worker hashes." * result["worker_hashes"])
+            + (" The worker hashes: TMPDIR is not local." if result["worker_hashes"] else "")
         ),
         "",
         "| stage | ms | CPU ms | beside vLLM reading one adapter (quartiles) |",

@@ -160,7 +160,7 @@ def test_waiting_for_room_ends_at_the_limit(start):
     size = room_for_one(start)
 
     async def scenario():
-        service, vllm = start(device_cache_bytes=size, merge_timeout_s=2.0)
+        service, vllm = start(device_cache_bytes=size, merge_timeout_s=0.3)
         async with holding(service.serve, AdapterSet({"a": 1.0, "b": 1.0}), param="adapters"):
             with pytest.raises(MergeTimeoutError):
                 await use(service, "ac")
@@ -215,7 +215,7 @@ def test_a_set_that_needs_the_room_of_busy_ones_gets_it(start):
     size = room_for_one(start)
 
     async def scenario():
-        service, _ = start(device_cache_bytes=2 * size, slot_quantum_s=0.05, merge_timeout_s=30.0)
+        service, _ = start(device_cache_bytes=2 * size, slot_quantum_s=0.05, merge_timeout_s=5.0)
         done = asyncio.Event()
 
         async def keep_busy(names: str, delay: float) -> None:
