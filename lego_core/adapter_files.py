@@ -11,6 +11,7 @@ import math
 import os
 import re
 import stat
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from cachetools import LRUCache, cached
 
 from lego_core.adapter_config import parse_json_object, shown
 from lego_core.errors import AdapterFormatError, AdapterNotFoundError
@@ -34,6 +36,7 @@ PICKLE_HINT = (
 )
 MAX_CONFIG_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 25
+_REMEMBERED_HEADERS, _REMEMBERED_HEADER_BYTES = 16, 1 << 18
 
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -248,7 +251,9 @@ def _cut(memory: torch.Tensor, entries: Sequence[TensorEntry]) -> dict[str, torc
     return tensors
 
 
-def _read_header(content: BinaryIO, size: int, file: str, name: str, sha: Any) -> list[TensorEntry]:
+def _read_header(
+    content: BinaryIO, size: int, file: str, name: str, sha: Any
+) -> Sequence[TensorEntry]:
     """Read and check a safetensors header; return the tensors in the order of their data."""
     prefix = content.read(8)
     length = int.from_bytes(prefix, "little")
@@ -260,6 +265,15 @@ def _read_header(content: BinaryIO, size: int, file: str, name: str, sha: Any) -
     sha.update(prefix)
     if sha.take(content, length, memoryview(header)) < length:
         raise _unreadable(name, file, "it became shorter while it was read")
+    parse = _parse_once if length <= _REMEMBERED_HEADER_BYTES else _parse_header
+    entries = parse(bytes(header), file, name)
+    end = sum(entry.nbytes for entry in entries)
+    if end != size - 8 - length:
+        raise _unsound(name, file, f"it has {size} bytes, its header says {8 + length + end}")
+    return entries
+
+
+def _parse_header(header: bytes, file: str, name: str) -> Sequence[TensorEntry]:
     fields = parse_json_object(header, f"{file}: not a readable safetensors file: header", name)
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -276,9 +290,14 @@ def _read_header(content: BinaryIO, size: int, file: str, name: str, sha: Any) -
         if start != end:
             raise _unsound(name, file, f"tensor {entry.key!r} overlaps another or leaves a gap")
         end = stop
-    if end != size - 8 - length:
-        raise _unsound(name, file, f"it has {size} bytes, its header says {8 + length + end}")
-    return [entry for _, _, entry in spans]
+    return tuple(entry for _, _, entry in spans)
+
+
+# Adapters of one model that were trained alike have the same header, and parsing it is most of what
+# reading one takes Python's lock for.
+_parse_once = cached(
+    LRUCache(_REMEMBERED_HEADERS), key=lambda header, *_: header, lock=threading.Lock()
+)(_parse_header)
 
 
 def _entry(key: str, value: Any) -> tuple[TensorEntry, int] | tuple[None, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ __all__ = [
 # What PEFT adds to an adapter that trains embeddings (`save_embedding_layers`): a copy of the
 # base model's weights. vLLM skips these names, and so do we: the base model brings its own.
 _BASE_COPIES = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
+_REMEMBERED = 1 << 14
+_HALVES = [[Half(side, is_embedding=embedding) for side in "AB"] for embedding in (False, True)]
 # What betrays a kind of adapter whatever the configuration says.
 _TELLTALES = {
     ".lora_magnitude_vector": "DoRA's magnitudes, which no sum of low-rank updates can express",
@@ -205,12 +208,10 @@ def _is_wanted(entry: TensorEntry, name: str) -> bool:
     """Whether to read a tensor; what is no LoRA weight of a sound dtype is refused."""
     if entry.key.endswith(_BASE_COPIES):
         return False
-    for part, reason in _TELLTALES.items():
-        if part in entry.key:
-            raise AdapterFormatError(
-                f"adapter {name!r}: tensor {entry.key!r} is {reason}; it cannot be merged"
-            )
-    module, half = _parse_key(entry.key, name)
+    try:
+        module, half = _parse_key(entry.key)
+    except ValueError as error:
+        raise AdapterFormatError(f"adapter {name!r}: {error}") from None
     if entry.dtype not in DTYPES:
         raise AdapterFormatError(
             f"adapter {name!r}, module {module!r}: {half.label} is {entry.dtype}; expected F32, F16 "
@@ -219,17 +220,25 @@ def _is_wanted(entry: TensorEntry, name: str) -> bool:
     return True
 
 
-def _parse_key(key: str, name: str) -> tuple[str, Half]:
-    """Split a tensor's name into module and half."""
+@lru_cache(_REMEMBERED)  # they are the same in all adapters of a model
+def _parse_key(key: str) -> tuple[str, Half]:
+    """Split a tensor's name into module and half.
+
+    Raises:
+        ValueError: it is the name of no LoRA weight that can be merged.
+    """
+    for part, reason in _TELLTALES.items():
+        if part in key:
+            raise ValueError(f"tensor {key!r} is {reason}; it cannot be merged")
     suffix = next((s for s in SUFFIXES if key.endswith(s)), None)
     if suffix is None:
-        raise AdapterFormatError(
-            f"adapter {name!r}: tensor {key!r} is no LoRA weight of a linear layer or embedding; "
-            "whole modules cannot be merged"
+        raise ValueError(
+            f"tensor {key!r} is no LoRA weight of a linear layer or embedding; whole modules cannot "
+            "be merged"
         )
     module = key.removesuffix(suffix).removeprefix(PREFIX)
     if not all(module.split(".")) or not module.isprintable() or len(module) > 512:
-        raise AdapterFormatError(f"adapter {name!r}: tensor {key[:600]!r} names no module")
+        raise ValueError(f"tensor {key[:600]!r} names no module")
     return module, SUFFIXES[suffix]
 
 
@@ -239,7 +248,7 @@ def _modules(
     pairs: dict[str, dict[Half, torch.Tensor]] = {}
     finite = not tensors or are_finite(list(tensors.values()))
     for key in sorted(tensors):
-        module, half = _parse_key(key, name)
+        module, half = _parse_key(key)
         halves = pairs.setdefault(module, {})
         if half in halves:
             raise AdapterFormatError(
@@ -265,16 +274,16 @@ def _module(
     module: str, halves: Mapping[Half, torch.Tensor], config: AdapterConfig, name: str
 ) -> LoraModule:
     is_embedding = any(half.is_embedding for half in halves)
-    half_a, half_b = (Half(side, is_embedding=is_embedding) for side in "AB")
+    half_a, half_b = _HALVES[is_embedding]
     if halves.keys() != {half_a, half_b}:
         missing = half_b if half_a in halves else half_a
         reason = "is missing" if len(halves) < 2 else "is missing, but others are there"
         raise AdapterFormatError(f"adapter {name!r}, module {module!r}: {missing.label} {reason}")
     a, rank = halves[half_a], config.rank_of(module)
-    if a.ndim == 2 and len(a) != rank:
+    if a.ndim == 2 and a.shape[0] != rank:
         raise AdapterFormatError(
             f"adapter {name!r}, module {module!r}: {CONFIG_FILE} says rank {rank}, {half_a.label} "
-            f"has {len(a)} rows"
+            f"has {a.shape[0]} rows"
         )
     scaling = config.scaling_of(module)
     return LoraModule(a, halves[half_b], scaling, is_embedding=is_embedding)

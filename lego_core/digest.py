@@ -60,19 +60,27 @@ class Digest:
             OSError: the file could not be read; this digest is of no use any more.
         """
         taken, complete = 0, True
-        hashing: deque[Callable[[], bytes]] = deque()
+        hashing: deque[tuple[memoryview, Callable[[], bytes]]] = deque()
+        spare: list[memoryview] = []  # new memory costs as much as reading into it
         while complete and taken < size:
             room = min(size - taken, BLOCK_BYTES - self._last_bytes)
-            piece = memoryview(bytearray(room)) if memory is None else memory[taken : taken + room]
+            if memory is not None:
+                piece = memory[taken : taken + room]
+            elif spare:
+                piece = spare.pop()[:room]
+            else:
+                piece = memoryview(bytearray(room))
             count = fill(content, piece)
             taken, complete = taken + count, count == room
             if count < BLOCK_BYTES:  # the first may complete a block, the last does not
                 self._extend_last(piece[:count])
                 continue
-            hashing.append(_hashing(piece))
+            hashing.append((piece, _hashing(piece)))
             if len(hashing) > _THREADS:
-                self._tree.update(hashing.popleft()())
-        for found in hashing:
+                block, found = hashing.popleft()
+                self._tree.update(found())
+                spare.append(block)
+        for _, found in hashing:
             self._tree.update(found())
         self._size += taken
         return taken

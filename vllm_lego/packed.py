@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -21,17 +21,21 @@ LINEAR_HALVES = ".lora_A.weight", ".lora_B.weight"
 EMBEDDING_HALVES = ".lora_embedding_A", ".lora_embedding_B"
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where one tensor lies in the buffer; `offset` in bytes."""
+class _Place(NamedTuple):
+    """Where one matrix lies in the buffer; `offset` in bytes."""
 
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        end = self.offset + math.prod(self.shape) * self.dtype.itemsize
-        return buffer[self.offset : end].view(self.dtype).view(self.shape)
+        """Return it as a view: in one call, as an adapter has hundreds.
+
+        Args:
+            buffer: as items of this dtype.
+        """
+        start = buffer.storage_offset() + self.offset // self.dtype.itemsize
+        return buffer.as_strided(self.shape, (self.shape[1], 1), start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +96,10 @@ class PackedAdapter:
     @cached_property
     def _adapter(self) -> LoraAdapter:
         """Made once: an adapter has hundreds of views, and a member is asked for again and again."""
+        dtypes = {half.dtype for _, a, b, *_ in self.places for half in (a, b)}
+        of = {dtype: _whole_items(self.buffer, dtype) for dtype in dtypes}
         modules = {
-            name: LoraModule(a.view(self.buffer), b.view(self.buffer), scaling, is_embedding)
+            name: LoraModule(a.view(of[a.dtype]), b.view(of[b.dtype]), scaling, is_embedding)
             for name, a, b, scaling, is_embedding in self.places
         }
         return LoraAdapter(self.name, modules, self.digest, self.base_model)
@@ -155,6 +161,11 @@ def _whole_words(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """Return the memory that the tensors share, if the fingerprint can read it as whole words."""
     memory = shared_memory(tensors)
     return None if memory is None or memory.nbytes % 4 else memory
+
+
+def _whole_items(buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a buffer as items of a dtype, but for a rest that is no whole one."""
+    return buffer[: buffer.nbytes // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
 def _lies(tensor: torch.Tensor) -> _Place:
