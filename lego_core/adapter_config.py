@@ -111,11 +111,23 @@ def parse_config(content: bytes, name: str) -> AdapterConfig:
     )
 
 
-def parse_json_object(content: bytes | bytearray, file: str, name: str) -> dict[str, Any]:
-    """Parse UTF-8 JSON whose top is an object and whose objects name no key twice.
+def parse_json_object(content: bytes, file: str, name: str) -> dict[str, Any]:
+    """As `json_object`.
 
     Raises:
         AdapterFormatError: it is anything else; the message names adapter and file.
+    """
+    try:
+        return json_object(content)
+    except ValueError as error:
+        raise AdapterFormatError(f"adapter {name!r}: {file} {error}") from error
+
+
+def json_object(content: bytes | bytearray) -> dict[str, Any]:
+    """Parse UTF-8 JSON whose top is an object and whose objects name no key twice.
+
+    Raises:
+        ValueError: it is anything else; the message goes on where the file has been named.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -136,9 +148,9 @@ def parse_json_object(content: bytes | bytearray, file: str, name: str) -> dict[
             json.dumps(fields, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         reason = str(error)[:_SHOWN].encode(errors="backslashreplace").decode()
-        raise AdapterFormatError(f"adapter {name!r}: {file} is not JSON ({reason})") from error
+        raise ValueError(f"is not JSON ({reason})") from error
     if not isinstance(fields, dict):
-        raise AdapterFormatError(f"adapter {name!r}: {file} is not a JSON object")
+        raise ValueError("is not a JSON object")  # noqa: TRY004  a file's mistake, not a caller's
     return fields
 
 

@@ -11,19 +11,18 @@ import math
 import os
 import re
 import stat
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from cachetools import LRUCache, cached
 
-from lego_core.adapter_config import parse_json_object, shown
+from lego_core.adapter_config import json_object, parse_json_object, shown
 from lego_core.errors import AdapterFormatError, AdapterNotFoundError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -36,7 +35,7 @@ PICKLE_HINT = (
 )
 MAX_CONFIG_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 25
-_REMEMBERED_HEADERS, _REMEMBERED_HEADER_BYTES = 16, 1 << 18
+_REMEMBERED_HEADERS, _REMEMBERED_BYTES = 16, 1 << 18
 
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -265,39 +264,49 @@ def _read_header(
     sha.update(prefix)
     if sha.take(content, length, memoryview(header)) < length:
         raise _unreadable(name, file, "it became shorter while it was read")
-    parse = _parse_once if length <= _REMEMBERED_HEADER_BYTES else _parse_header
-    entries = parse(bytes(header), file, name)
+    try:
+        entries = (
+            _remembered_entries(bytes(header)) if length <= _REMEMBERED_BYTES else _entries(header)
+        )
+    except ValueError as error:
+        raise _unsound(name, file, str(error)) from error
     end = sum(entry.nbytes for entry in entries)
     if end != size - 8 - length:
         raise _unsound(name, file, f"it has {size} bytes, its header says {8 + length + end}")
     return entries
 
 
-def _parse_header(header: bytes, file: str, name: str) -> Sequence[TensorEntry]:
-    fields = parse_json_object(header, f"{file}: not a readable safetensors file: header", name)
+def _entries(header: bytes | bytearray) -> tuple[TensorEntry, ...]:
+    """Return the tensors that a header describes, in the order of their data, without gaps.
+
+    Raises:
+        ValueError: it is not sound.
+    """
+    try:
+        fields = json_object(header)
+    except ValueError as error:
+        raise ValueError(f"its header {error}") from error
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _unsound(name, file, "its metadata is no object of strings")
+        raise ValueError("its metadata is no object of strings")
     spans = []
     for key, value in fields.items():
         entry, start = _entry(key, value)
         if entry is None:
-            raise _unsound(name, file, f"tensor {shown(key)} is described by {shown(value)}")
+            raise ValueError(f"tensor {shown(key)} is described by {shown(value)}")
         spans.append((start, start + entry.nbytes, entry))
     spans.sort(key=lambda span: span[:2])
     end = 0
     for start, stop, entry in spans:
         if start != end:
-            raise _unsound(name, file, f"tensor {entry.key!r} overlaps another or leaves a gap")
+            raise ValueError(f"tensor {entry.key!r} overlaps another or leaves a gap")
         end = stop
     return tuple(entry for _, _, entry in spans)
 
 
-# Adapters of one model that were trained alike have the same header, and parsing it is most of what
-# reading one takes Python's lock for.
-_parse_once = cached(
-    LRUCache(_REMEMBERED_HEADERS), key=lambda header, *_: header, lock=threading.Lock()
-)(_parse_header)
+# Adapters of one model that were trained alike have the same header, and to parse it takes Python's
+# lock for longer than all else that is done to read one. They take 20 MiB at the very most.
+_remembered_entries = lru_cache(_REMEMBERED_HEADERS)(_entries)
 
 
 def _entry(key: str, value: Any) -> tuple[TensorEntry, int] | tuple[None, int]:

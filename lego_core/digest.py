@@ -61,7 +61,7 @@ class Digest:
         """
         taken, complete = 0, True
         hashing: deque[tuple[memoryview, Callable[[], bytes]]] = deque()
-        spare: list[memoryview] = []  # new memory costs as much as reading into it
+        spare: list[memoryview] = []  # hashed; new memory costs as much as reading into it
         while complete and taken < size:
             room = min(size - taken, BLOCK_BYTES - self._last_bytes)
             if memory is not None:

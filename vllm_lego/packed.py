@@ -29,7 +29,7 @@ class _Place(NamedTuple):
     shape: tuple[int, ...]
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        """Return it as a view: in one call, as an adapter has hundreds.
+        """Return it as a view, by one call, as an adapter has hundreds. Nothing is checked.
 
         Args:
             buffer: as items of this dtype.

@@ -22,7 +22,7 @@ import torch
 
 from lego_core import LegoError, LoraAdapter, LoraModule
 from lego_core.adapter import shared_memory
-from lego_core.adapter_files import DTYPES, read_tensors
+from lego_core.adapter_files import DTYPES, Room, read_tensors
 from lego_core.adapter_save import PREFIX
 from lego_core.digest import Digest, Unhashed
 from vllm_lego.identity import MERGE_ID
@@ -68,17 +68,21 @@ class MergeStore:
         self._tell = tell
         self._writing = threading.Lock()
 
-    def load(self, recipe: Recipe) -> tuple[LoraAdapter, float] | None:
+    def load(self, recipe: Recipe, room: Room | None = None) -> tuple[LoraAdapter, float] | None:
         """Return a merge, on the CPU, and its fidelity; None when it is not there, whole and right.
 
         A file that is not what it should be is set aside, for somebody to look at, and will be
         written again.
+
+        Args:
+            recipe: of the merge.
+            room: gives memory to read it to, see `load_adapter`.
         """
         path = self._path(recipe.merge_id)
         started = time.perf_counter()
         try:
             with _opened(path) as file:
-                loaded = _parse(file, self._max_bytes, recipe)
+                loaded = _parse(file, self._max_bytes, recipe, room)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -260,7 +264,9 @@ def _contents(tensors: Mapping[str, torch.Tensor]) -> list[memoryview]:
     return [piece.view(-1).view(torch.uint8).numpy().data for piece in pieces]
 
 
-def _parse(file: BinaryIO, max_bytes: int, recipe: Recipe) -> tuple[LoraAdapter, float]:
+def _parse(
+    file: BinaryIO, max_bytes: int, recipe: Recipe, room: Room | None
+) -> tuple[LoraAdapter, float]:
     if os.fstat(file.fileno()).st_size > max_bytes:
         raise _NotThisMergeError(f"it is larger than {max_bytes} bytes")
     metadata = _header(file)
@@ -272,7 +278,7 @@ def _parse(file: BinaryIO, max_bytes: int, recipe: Recipe) -> tuple[LoraAdapter,
     file.seek(0)
     try:
         # Not by the library, which copies the whole file while no other thread gets to run.
-        tensors = read_tensors(file, "its file", recipe.merge_id, Unhashed(), lambda _: True)
+        tensors = read_tensors(file, "its file", recipe.merge_id, Unhashed(), lambda _: True, room)
         fidelity = float(metadata["lego_fidelity"])
         if _checksum(tensors, stored) != metadata.get("lego_checksum"):
             raise _NotThisMergeError("its checksum is wrong")

@@ -202,7 +202,7 @@ class Tiers:
         if isinstance(kept, KeptMerge):
             kept.last_used = time.monotonic()
             return kept.packed.on(self._device), kept.fidelity, "host"
-        stored = self._store.load(recipe) if self._store else None
+        stored = self._store.load(recipe, self._free_memory) if self._store else None
         if stored is None:
             return None
         adapter, fidelity = stored

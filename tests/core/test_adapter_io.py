@@ -398,6 +398,24 @@ def test_truncated_weights(tmp_path: Path, keep: int) -> None:
     assert "not a readable safetensors file" in refusal(write(tmp_path, weights=weights))
 
 
+def test_what_is_remembered_of_a_header_is_that_headers_alone(tmp_path: Path) -> None:
+    a, b = torch.arange(6.0).view(2, 3), torch.arange(10.0).view(5, 2)
+    path = write(tmp_path, weights={A_KEY: a, B_KEY: b})
+    for factor in 1, -1:  # the same header twice
+        module = load_adapter(write(tmp_path, weights={A_KEY: a * factor, B_KEY: b})).modules[
+            Q_PROJ
+        ]
+        assert torch.equal(module.lora_a, a * factor)
+        assert torch.equal(module.lora_b, b)
+    # As many bytes of header and of data, and what is in them is not the same.
+    module = load_adapter(write(tmp_path, weights={A_KEY: b.view(2, 5), B_KEY: a.view(3, 2)}))
+    assert torch.equal(module.modules[Q_PROJ].lora_a, b.view(2, 5))
+    weights = path / WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(AdapterFormatError, match=r"adapter .style.: .* bytes, its header says"):
+        load_adapter(path, name="style")
+
+
 @pytest.mark.parametrize("length", [0, 1, 10**6, 2**63, 2**64 - 1])
 def test_forged_header_length(tmp_path: Path, length: int) -> None:
     weights = struct.pack("<Q", length) + save(tensors())[8:]

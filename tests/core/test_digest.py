@@ -69,6 +69,18 @@ class Slow(io.BytesIO):
         return super().readinto(memoryview(buffer)[:3])
 
 
+def test_a_block_is_used_again_only_when_it_has_been_hashed(monkeypatch):
+    def hashing(block):  # not before somebody asks
+        return lambda: hashlib.sha256(block).digest()
+
+    monkeypatch.setattr(digest, "_hashing", hashing)
+    content = bytes(range(30 * BLOCK + 3))
+    found = Digest()
+    found.update(b"end")
+    assert found.take(io.BytesIO(content), len(content)) == len(content)
+    assert found.hexdigest() == reference(b"end" + content)
+
+
 def test_a_file_that_gives_little_at_a_time():
     content = bytes(range(12 * BLOCK + 3))
     found, memory = Digest(), bytearray(len(content))

@@ -76,3 +76,19 @@ def test_a_copy_in_parts_is_the_whole(monkeypatch):
     kept = packed.in_host_memory(block)
     assert kept.buffer is block
     assert_same(kept.unpack(), source)
+
+
+def test_a_buffer_may_be_a_part_of_larger_memory():
+    source = adapter("a", 0)
+    packed = PackedAdapter.pack(source)
+    memory = torch.zeros(packed.nbytes + 1024, dtype=torch.uint8)
+    assert_same(packed.in_host_memory(memory[512 : 512 + packed.nbytes]).unpack(), source)
+
+
+def test_a_buffer_need_not_be_whole_items_of_its_widest_dtype():
+    memory = torch.arange(9, dtype=torch.float32)
+    a, b = memory[:8].view(torch.float64).view(1, 4), memory[8:].view(1, 1)
+    source = LoraAdapter("a", {"q_proj": LoraModule(a, b)})
+    packed = PackedAdapter.pack(source)
+    assert packed.nbytes == 36
+    assert_same(packed.unpack(), source)

@@ -101,20 +101,50 @@ def test_what_is_kept_is_copied_into_that_memory(make):
     assert tiers._memory.free_ranges() == [(ENTRY, 3 * ENTRY)]
 
 
-def test_a_member_is_read_into_that_memory(make, members):
-    tiers = make(3)
-    lies_there: list[bool] = []
+def lies_there(tiers: Tiers) -> list[bool]:
+    """Whether what is read lies in that memory when it has been read, not kept yet."""
+    found: list[bool] = []
 
-    def check(adapter: LoraAdapter) -> None:  # as it was read, not kept yet
-        lies_there.extend(tiers._memory.holds(m.lora_a) for m in adapter.modules.values())
+    def check(adapter: LoraAdapter) -> None:
+        found.extend(tiers._memory.holds(m.lora_a) for m in adapter.modules.values())
 
     tiers._check = check
+    return found
+
+
+def test_a_member_is_read_into_that_memory(make, members):
+    tiers = make(3)
+    found = lies_there(tiers)
     [read] = tiers.members([members[0]])
-    assert lies_there == [True]
+    assert found == [True]
     assert holds(read, 1)
     assert tiers._memory.free_ranges() == [(ENTRY, 3 * ENTRY)], "one block: it was not copied"
     [again] = tiers.members([members[0]])
     assert again.modules["layer"].lora_a.data_ptr() == read.modules["layer"].lora_a.data_ptr()
+
+
+def test_a_merge_is_read_from_the_store_into_that_memory(make, tmp_path):
+    tiers = make(3, store_dir=str(tmp_path))
+    keep(tiers, 7)
+    tiers.forget(recipe(7).merge_id)
+    found = lies_there(tiers)
+    packed, _, tier = tiers.find(recipe(7))
+    assert tier == "disk"
+    assert found == [True]
+    assert holds(packed.unpack(), 7)
+    assert tiers._memory.free_ranges() == [(ENTRY, 3 * ENTRY)], "one block: it was not copied"
+
+
+@pytest.mark.usefixtures("_no_cycles_are_looked_for")
+def test_a_file_of_the_store_that_is_not_the_merge_leaves_its_room(make, tmp_path):
+    tiers = make(3, store_dir=str(tmp_path))
+    keep(tiers, 7)
+    tiers.forget(recipe(7).merge_id)
+    [file] = tmp_path.glob("*.safetensors")
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert tiers.find(recipe(7)) is None
+    assert tiers._memory.free_ranges() == [(0, 3 * ENTRY)]
 
 
 @pytest.fixture
