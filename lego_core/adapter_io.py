@@ -248,7 +248,7 @@ def _modules(
     pairs: dict[str, dict[Half, torch.Tensor]] = {}
     finite = not tensors or are_finite(list(tensors.values()))
     for key in sorted(tensors):
-        module, half = _parse_key(key)
+        module, half = _parse_key(key)  # it was wanted, so it is sound
         halves = pairs.setdefault(module, {})
         if half in halves:
             raise AdapterFormatError(

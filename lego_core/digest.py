@@ -79,7 +79,8 @@ class Digest:
             if len(hashing) > _THREADS:
                 block, found = hashing.popleft()
                 self._tree.update(found())
-                spare.append(block)
+                if memory is None:
+                    spare.append(block)
         for _, found in hashing:
             self._tree.update(found())
         self._size += taken

@@ -29,7 +29,9 @@ class _Place(NamedTuple):
     shape: tuple[int, ...]
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        """Return it as a view, by one call, as an adapter has hundreds. Nothing is checked.
+        """Return it as a view, by one call, as an adapter has hundreds.
+
+        Nothing is checked: where it lies is where `pack` found or put it.
 
         Args:
             buffer: as items of this dtype.

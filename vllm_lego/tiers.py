@@ -202,14 +202,25 @@ class Tiers:
         if isinstance(kept, KeptMerge):
             kept.last_used = time.monotonic()
             return kept.packed.on(self._device), kept.fidelity, "host"
+        try:
+            stored = self._read_from_store(recipe)
+        except BaseException as error:
+            _let_go(error)
+            raise
+        if stored is None:
+            return None
+        loaded, fidelity = stored
+        packed = self._keep_in_host_memory(recipe.merge_id, loaded, (recipe, fidelity)) or loaded
+        return packed.on(self._device), fidelity, "disk"
+
+    def _read_from_store(self, recipe: Recipe) -> tuple[PackedAdapter, float] | None:
+        """Read a merge, into host memory that is free if there is enough."""
         stored = self._store.load(recipe, self._free_memory) if self._store else None
         if stored is None:
             return None
         adapter, fidelity = stored
         self._check(adapter)  # the folder may be shared with servers of another base model
-        loaded = PackedAdapter.pack(adapter)
-        packed = self._keep_in_host_memory(recipe.merge_id, loaded, (recipe, fidelity)) or loaded
-        return packed.on(self._device), fidelity, "disk"
+        return PackedAdapter.pack(adapter), fidelity
 
     def keep(self, recipe: Recipe, packed: PackedAdapter, fidelity: float) -> None:
         """Keep a merge that was just made in host memory and in the store."""

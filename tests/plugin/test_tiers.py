@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from lego_core import (
     AdapterChangedError,
     AdapterFormatError,
+    IncompatibleAdaptersError,
     LegoError,
     LoraAdapter,
     LoraModule,
@@ -144,6 +146,25 @@ def test_a_file_of_the_store_that_is_not_the_merge_leaves_its_room(make, tmp_pat
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert tiers.find(recipe(7)) is None
+    assert tiers._memory.free_ranges() == [(0, 3 * ENTRY)]
+
+
+@pytest.mark.usefixtures("_no_cycles_are_looked_for")
+def test_a_merge_of_the_store_that_is_refused_leaves_its_room(make, tmp_path):
+    tiers = make(3, store_dir=str(tmp_path))
+    keep(tiers, 7)
+    tiers.forget(recipe(7).merge_id)
+
+    def check(adapter: LoraAdapter) -> None:
+        raise IncompatibleAdaptersError(f"adapter {adapter.name!r}: of another base model")
+
+    tiers._check = check
+    refused: Future[None] = Future()  # as a worker hands it on: with a cycle through its frames
+    try:
+        tiers.find(recipe(7))
+    except IncompatibleAdaptersError as error:
+        refused.set_exception(error)
+    assert refused.exception() is not None
     assert tiers._memory.free_ranges() == [(0, 3 * ENTRY)]
 
 
