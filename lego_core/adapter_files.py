@@ -304,8 +304,8 @@ def _entries(header: bytes | bytearray) -> tuple[TensorEntry, ...]:
     return tuple(entry for _, _, entry in spans)
 
 
-# Adapters of one model that were trained alike have the same header, and to parse it takes Python's
-# lock for longer than all else that is done to read one. What is remembered takes 30 MiB at most.
+# Adapters of one model that were trained alike have the same header, and to parse it is much of what
+# reading one takes Python's lock for. What is remembered takes 30 MiB at most.
 _remembered_entries = lru_cache(_REMEMBERED_HEADERS)(_entries)
 
 
